@@ -43,6 +43,7 @@ from server.jobs.pipe import (
     end_with_parent,
     has_lost_parent,
 )
+from server.jobs.presence import announced
 from server.jobs.supervisor import own_name, present
 from server.jobs.tables import MERGE, TRAIN, Lane
 from server.storage.places import Storage
@@ -322,7 +323,7 @@ def run_worker(settings: WorkerSettings, parent: int | None = None, command: Seq
     # The kernel kills a process when the thread that started it ends, so each lane keeps its thread.
     second = threading.Thread(target=run, args=(merging,), name="merging", daemon=True)
     second.start()
-    with present(settings.home):
+    with present(settings.home), announced(engine):
         run(training)
         second.join()
     engine.dispose()

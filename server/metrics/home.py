@@ -39,14 +39,14 @@ class HomeCollector(Collector):
         min_free_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         *,
-        is_shared: bool = False,
+        elsewhere: Callable[[], set[str]] | None = None,
     ) -> None:
-        """If `is_shared`, also count those workers of other HOMEs that are running one of `jobs`."""
+        """`elsewhere` returns the names of workers with other HOMEs. If it is None, there are none."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes
         self._clock = clock
-        self._is_shared = is_shared
+        self._elsewhere = elsewhere
         self._aside = Aside()
         self._read_at = float("-inf")
         self._said_at = float("-inf")
@@ -84,7 +84,8 @@ class HomeCollector(Collector):
         text = "Age of the oldest queued job that waits for its first start; 0: there is none"
         yield GaugeMetricFamily("smolora_oldest_queued_job_seconds", text, value=age)
         busy, living = self._jobs.owners(), set(workers_of(self._home))
-        living |= busy if self._is_shared else set()
+        if self._elsewhere is not None:  # a worker of an older version is known only while it is busy
+            living |= busy | self._elsewhere()
         states = Counter("busy" if worker in busy else "idle" for worker in living)
         workers = GaugeMetricFamily("smolora_workers", "Worker processes that live, by state", labels=["state"])
         for state in ("busy", "idle"):

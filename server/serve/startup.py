@@ -29,6 +29,7 @@ from server.engine.async_engine import Watchdog
 from server.engine.engine import EngineConfig
 from server.errors import StartupError
 from server.jobs.jobs import Jobs
+from server.jobs.presence import present_names
 from server.metrics.engine import GatewayCollector
 from server.metrics.home import HomeCollector
 from server.metrics.metrics import Metrics, ServerCollector
@@ -132,7 +133,12 @@ def build(
                 commits_of(database, settings.home),
                 EngineConfig.block_size,
             ),
-            HomeCollector(settings.home, jobs, settings.min_free_bytes, is_shared=not is_file(database)),
+            HomeCollector(
+                settings.home,
+                jobs,
+                settings.min_free_bytes,
+                elsewhere=None if is_file(database) else partial(present_names, database),
+            ),
             ServerCollector(base.name, lambda: engine.ready and outage.is_survived),
         ],
     )

@@ -37,6 +37,7 @@ from server.database import (
 from server.database.file import USERS_NAME, JournalMode, driver, has_wal_reset_bug
 from server.database.migrating import newest_schema
 from server.errors import StartupError
+from server.jobs import presence
 from server.jobs import tables as job_tables
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
@@ -177,7 +178,7 @@ def test_processes_count_together(engine: sa.Engine, tmp_path: Path) -> None:
 def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        tables = (catalog, job_tables, access_tables, opening, migrating, deployed)
+        tables = (catalog, job_tables, access_tables, opening, migrating, deployed, presence)
         expected = [module.metadata for module in tables]
         assert compare_metadata(context, expected) == []  # type: ignore[arg-type]  # it takes several, too
 
@@ -283,7 +284,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(engine: sa.Engine) -> N
 def test_a_current_database_is_opened_without_alembic(engine: sa.Engine, tmp_path: Path) -> None:
     """Importing Alembic takes longer than opening the database."""
     home = tmp_path / "new" / "home"
-    assert schema_of(home / FILE_NAME) == newest_schema() == "0004"
+    assert schema_of(home / FILE_NAME) == newest_schema() == "0005"
     code = (
         "import sys; from pathlib import Path; from server.database import connect;"
         "connect(Path(sys.argv[1])); print('alembic' in sys.modules)"

@@ -32,6 +32,7 @@ from server.cluster import deployed
 from server.database import WORKER_PATIENCE_SECONDS, commits_of, connect, described, migrating, opening
 from server.database.opening import PATIENCE_SECONDS, without_writers_lock
 from server.errors import StartupError
+from server.jobs import presence
 from server.jobs import tables as job_tables
 from server.jobs.jobs import Jobs
 from server.jobs.leases import LEASE_SECONDS, Leases
@@ -78,7 +79,7 @@ def test_the_migrations_make_what_the_code_expects(engine: sa.Engine) -> None:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "include_name": lambda name, *_: name != "marks"}
         )
-        tables = (job_tables, access_tables, opening, migrating, deployed)
+        tables = (job_tables, access_tables, opening, migrating, deployed, presence)
         known: Any = [metadata, windows.metadata, *(module.metadata for module in tables)]
         assert compare_metadata(context, known) == []
 

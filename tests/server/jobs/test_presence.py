@@ -1,15 +1,28 @@
 """Live workers are seen, from any process; dead ones aren't, however they died."""
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from adapters.sql import transact
+from server.database import WORKER_PATIENCE_SECONDS, connect
+from server.database.clock import database_time
+from server.jobs.jobs import Jobs
+from server.jobs.leases import Leases
+from server.jobs.presence import KEEP_SECONDS, announced, present_names, present_workers, workers
 from server.jobs.supervisor import own_name, present, workers_of
-from tests.server.jobs.job_kit import until
+from tests.kits.postgres import CLUSTER, Postgres
+from tests.server.jobs.job_kit import submit, until
 
 HOLD = """
 import sys
@@ -118,3 +131,81 @@ def test_a_home_that_takes_no_file_stops_no_worker(tmp_path: Path) -> None:
     (tmp_path / "workers").write_text("in the way")
     with present(tmp_path):
         assert workers_of(tmp_path) == []
+
+
+@pytest.fixture
+def shared(postgres: Postgres, tmp_path: Path) -> Iterator[sa.Engine]:
+    """A PostgreSQL database."""
+    url = postgres.migrated()
+    engine = connect(tmp_path, url=url)
+    yield engine
+    engine.dispose()
+    postgres.drop(url)
+
+
+def on_postgresql(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in CLUSTER:
+        test = mark(test)
+    return test
+
+
+@on_postgresql
+def test_a_worker_has_a_row_while_it_lives(shared: sa.Engine) -> None:
+    with announced(shared, beat_seconds=0.05):
+        until(lambda: present_names(shared) == {own_name()})
+        (worker,) = present_workers(shared)
+        assert (worker.name, worker.pid, worker.job_ids) == (own_name(), os.getpid(), ())
+        assert worker.host == socket.gethostname()
+        assert 0 <= worker.seen_seconds_ago < KEEP_SECONDS
+        submit(Jobs(shared), "job-1")
+        assert Leases(shared).claim(own_name()) is not None
+        assert [worker.job_ids for worker in present_workers(shared)] == [("job-1",)]
+    assert present_names(shared) == set()
+    with shared.connect() as connection:
+        assert connection.execute(sa.select(workers)).all() == []
+
+
+@on_postgresql
+def test_the_row_of_a_killed_worker_expires_and_is_deleted_by_another(shared: sa.Engine) -> None:
+    old = {"name": "gone:7", "host": "gone", "pid": 7, "since": datetime.now(UTC)}
+    seen_at = database_time() - KEEP_SECONDS - 1
+
+    def insert(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(workers).values(**old, seen_at=seen_at))
+
+    transact(shared, insert)
+    assert present_workers(shared) == []
+
+    def rows() -> set[str]:
+        with shared.connect() as connection:
+            return set(connection.execute(sa.select(workers.c.name)).scalars())
+
+    assert rows() == {"gone:7"}
+    with announced(shared, beat_seconds=0.05):
+        until(lambda: rows() == {own_name()})
+
+
+@on_postgresql
+def test_a_row_is_renewed_while_the_writers_lock_is_held(shared: sa.Engine) -> None:
+    with shared.begin() as connection:  # takes the lock
+        connection.execute(sa.select(workers)).all()
+        with announced(shared, beat_seconds=0.05):
+            until(lambda: present_names(shared) == {own_name()})
+
+
+@on_postgresql
+def test_a_worker_stops_although_the_database_is_gone(own_postgres: Postgres, tmp_path: Path) -> None:
+    engine = connect(tmp_path, url=own_postgres.migrated(), patience=WORKER_PATIENCE_SECONDS)
+    with announced(engine, beat_seconds=0.05):
+        until(lambda: present_names(engine) == {own_name()})
+        own_postgres.kill()
+        began = time.monotonic()
+    assert time.monotonic() - began < WORKER_PATIENCE_SECONDS
+    engine.dispose()
+
+
+def test_a_database_file_has_no_rows(tmp_path: Path) -> None:
+    engine = connect(tmp_path)
+    with announced(engine, beat_seconds=0.05):
+        assert present_workers(engine) == []
+    engine.dispose()

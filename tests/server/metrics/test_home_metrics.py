@@ -113,13 +113,16 @@ def test_a_worker_is_busy_while_it_keeps_a_lease(tmp_path: Path, jobs: Jobs, lea
     assert read(collector)["smolora_workers", "busy"] == 0, "it has gone, whatever its lease says"
 
 
-def test_workers_of_other_machines_count_while_they_are_busy(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
-    """In a cluster each process has its own HOME: otherwise SmoloraJobsWait would fire while jobs train."""
-    clock = Clock()
-    collector = HomeCollector(tmp_path, jobs, 512, clock, is_shared=True)
+def test_workers_of_other_machines_count(tmp_path: Path, jobs: Jobs, leases: Leases) -> None:
+    """In a cluster each process has its own HOME. A busy worker may run an older version, which isn't listed."""
+    clock, elsewhere = Clock(), {"elsewhere:7", "elsewhere:8"}
+    collector = HomeCollector(tmp_path, jobs, 512, clock, elsewhere=lambda: elsewhere)
     with present(tmp_path):
         submit(jobs, "job-1")
         assert leases.claim("elsewhere:7") is not None
+        assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (2, 1)
+        elsewhere.clear()
+        clock.now += 1
         assert (read(collector)["smolora_workers", "idle"], read(collector)["smolora_workers", "busy"]) == (1, 1)
     jobs.cancel("job-1")
     clock.now += 1

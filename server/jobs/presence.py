@@ -1,0 +1,145 @@
+"""The workers of all machines that share a database server.
+
+A thread of each worker renews the worker's row, without the writers' lock. A row that wasn't renewed for
+KEEP_SECONDS doesn't count, and other workers delete it. With a database file there are no rows: its workers are on
+one machine, and `server.jobs.supervisor.workers_of` lists them.
+"""
+
+import logging
+import os
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from adapters.errors import Unavailable
+from adapters.sql import PATIENCE, UtcDateTime, reader_of, transact
+from server.database import is_file, without_writers_lock
+from server.database.clock import database_time
+from server.jobs.supervisor import own_name
+from server.jobs.tables import Status, jobs
+
+BEAT_SECONDS = 5.0
+"""Time between two renewals of a worker's row."""
+KEEP_SECONDS = 20.0
+_END_SECONDS = 5.0  # for the thread to delete the row, if the database answers slowly
+
+metadata = sa.MetaData()
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("name", sa.String(255), primary_key=True),  # `own_name`, as in `jobs.owner`
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("since", UtcDateTime, nullable=False),
+    sa.Column("seen_at", sa.Float(53), nullable=False),  # by `database_time`
+)
+
+log = logging.getLogger("smolora.worker")
+
+
+@dataclass(frozen=True)
+class PresentWorker:
+    """A worker that has renewed its row lately, and the ids of the jobs that it runs."""
+
+    name: str
+    host: str
+    pid: int
+    since: datetime
+    seen_seconds_ago: float
+    job_ids: tuple[str, ...]
+
+
+def present_workers(engine: sa.Engine) -> list[PresentWorker]:
+    """Return the workers of all machines, ordered by name. With a database file, the list is empty."""
+    age = database_time() - workers.c.seen_at
+    query = sa.select(workers, age.label("age")).where(age < KEEP_SECONDS).order_by(workers.c.name)
+    running = sa.select(jobs.c.owner, jobs.c.id).where(
+        jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time()
+    )
+    with reader_of(engine).connect() as connection:
+        rows = connection.execute(query).all()
+        job_ids = defaultdict[str, list[str]](list)
+        for owner, job_id in connection.execute(running.order_by(jobs.c.number)):
+            job_ids[owner].append(job_id)
+    return [
+        PresentWorker(row.name, row.host, row.pid, row.since, max(0.0, row.age), tuple(job_ids[row.name]))
+        for row in rows
+    ]
+
+
+def present_names(engine: sa.Engine) -> set[str]:
+    """Return the names of the workers that `present_workers` returns."""
+    query = sa.select(workers.c.name).where(database_time() - workers.c.seen_at < KEEP_SECONDS)
+    with reader_of(engine).connect() as connection:
+        return set(connection.execute(query).scalars())
+
+
+@contextmanager
+def announced(engine: sa.Engine, beat_seconds: float = BEAT_SECONDS) -> Iterator[None]:
+    """Keep a row for this worker while the block runs. With a database file, this is a no-op."""
+    if is_file(engine):
+        yield
+        return
+    beat = _Beat(engine, beat_seconds)
+    beat.start()
+    try:
+        yield
+    finally:
+        beat.end()
+
+
+class _Beat:
+    """A thread that renews this worker's row. Nobody waits for a database that doesn't answer."""
+
+    def __init__(self, engine: sa.Engine, beat_seconds: float) -> None:
+        self._engine = without_writers_lock(engine, is_losable=True).execution_options(**{PATIENCE: 0.0})
+        self._beat_seconds = beat_seconds
+        self._row = {
+            "name": own_name(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC),
+        }
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """Delete the row, if the database answers within a moment."""
+        self._has_ended.set()
+        self._thread.join(_END_SECONDS)
+
+    def _run(self) -> None:
+        is_fine = True
+        while not self._has_ended.is_set():
+            try:
+                transact(self._engine, self._renew)
+                is_fine = True
+            except (DBAPIError, Unavailable) as error:
+                if is_fine:  # once for each outage
+                    log.warning("this worker can't be listed now: %s", type(error).__name__)
+                is_fine = False
+            self._has_ended.wait(self._beat_seconds)
+        with suppress(DBAPIError, Unavailable):  # the row expires
+            transact(self._engine, self._delete)
+
+    def _renew(self, connection: sa.Connection) -> None:
+        now = {"seen_at": database_time()}
+        mine = workers.c.name == self._row["name"]
+        if not connection.execute(sa.update(workers).where(mine).values(self._row | now)).rowcount:
+            connection.execute(sa.insert(workers).values(self._row | now))
+        is_over = database_time() - workers.c.seen_at > KEEP_SECONDS
+        connection.execute(sa.delete(workers).where(is_over))
+
+    def _delete(self, connection: sa.Connection) -> None:
+        connection.execute(sa.delete(workers).where(workers.c.name == self._row["name"]))
