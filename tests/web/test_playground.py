@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, FloatRect, Locator, Page, expect
 from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
+from tests.end_to_end.training_client import wait_until
 from tests.server.jobs.merge_kit import sample
 from tests.web.browser import DESKTOP, PATIENCE, PHONE, is_wider_than_the_screen, page_of, violations
 
@@ -116,6 +117,57 @@ def test_inspector_is_at_its_token_with_bars_on_one_scale(page: Page) -> None:
     expect(inspector).to_be_visible()  # as on a phone, which has no pointer to rest
     token.click()
     expect(inspector).to_have_count(0)
+
+
+def test_inspector_is_not_cut_off_by_the_board(page: Page) -> None:
+    """Though short answers make the board lower than the inspector, and the right column is at its end."""
+    ask(page, "ab", "plain", 4)
+    column(page, "plain").get_by_role("button", name="Inspect tokens").click()
+    expect(page.locator(".inspector")).to_be_in_viewport(ratio=1)
+    board = page.get_by_role("region", name="Answers")
+    assert board.evaluate("(of) => of.scrollHeight <= of.clientHeight")
+
+
+def test_the_kind_of_prompt_fits_the_adapter(server: ServerProcess, browser: Browser) -> None:
+    """Or the page says so: an adapter seems not to have learned anything under the other kind."""
+    listed = server.client.get("/adapters?limit=500").json()
+    (plain,) = (adapter for adapter in listed["adapters"] if adapter["name"] == "plain")
+    kinds = {1: {"messages": 4}, 2: {"completion": 4}}
+    for version in plain["versions"]:
+        version["config"]["kinds"] = kinds[version["version"]]
+    with page_of(browser, server.url) as page:
+        page.route("**/adapters?limit=*", lambda route: route.fulfill(json=listed))
+        page.reload()
+        page.get_by_label("plain", exact=True).check()
+        hint = page.get_by_role("status").filter(has_text="learned from")
+        expect(hint).to_have_text(re.compile("plain learned from plain prompts:\\s*use Text to continue"))
+        hint.get_by_role("button").click()
+        expect(page.get_by_role("radio", name="Text to continue")).to_be_checked()
+        expect(hint).to_have_count(0)
+        page.get_by_label("Version of plain").select_option("1")
+        expect(hint).to_have_text(re.compile("plain learned from questions of a chat:\\s*use Question"))
+        assert violations(page) == []
+
+
+def test_another_version_of_an_adapter_is_added(page: Page) -> None:
+    page.get_by_label("plain", exact=True).check()
+    page.get_by_role("button", name="Add version 1").click()
+    expect(page.get_by_label("Expression")).to_have_value("plain+plain@1")
+    expect(page.get_by_label("plain@1 alone")).to_be_visible()
+    expect(page.get_by_role("button", name=re.compile("^Add version"))).to_have_count(0)
+
+
+def test_tokens_of_a_prompt_are_counted(server: ServerProcess, page: Page) -> None:
+    page.get_by_role("textbox", name="Question").fill("of whom?")
+    page.get_by_role("button", name="Count tokens").click()
+    messages = [{"role": "user", "content": "of whom?"}]
+    counted = server.client.post("/tokenize", json={"messages": messages}).json()
+    words = page.get_by_text("tokens of at most")
+    expect(words).to_have_text(
+        f"{counted['count']} tokens of at most {counted['max_model_len']:,}, with the answer"
+    )
+    page.get_by_role("textbox", name="Question").fill("of what?")
+    expect(words).to_have_count(0)
 
 
 def test_answers_are_in_sight_wherever_the_form_is_sent(server: ServerProcess, browser: Browser) -> None:
@@ -243,6 +295,14 @@ def test_earlier_runs_are_kept_and_exported(page: Page, tmp_path: Path) -> None:
     assert run["answers"][1]["turns"][0]["text"] == first[0]
     assert "## `plain`" in saved["Markdown"]
     assert first[0] in saved["Markdown"]
+    for kind in ("Markdown", "JSON"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Export all as {kind}").click()
+        download.value.save_as(tmp_path / kind)
+        saved[kind] = (tmp_path / kind).read_text("utf-8")
+    asked = [run["answers"][0]["turns"][0]["asked"] for run in json.loads(saved["JSON"])]
+    assert asked == ["second", "first"]
+    assert saved["Markdown"].count("# Playground, ") == 2
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -253,6 +313,7 @@ def test_code_does_what_the_page_does(page: Page, is_chat: bool) -> None:
     code = page.get_by_role("region", name="Code")
     for language in ("curl", "Python", "openai"):
         page.get_by_role("button", name=language, exact=True).click()
+        assert code.evaluate("(of) => of.scrollWidth <= of.clientWidth")  # long lines are wrapped
         source = code.inner_text()
         command = ["bash", "-c", source] if language == "curl" else [sys.executable, "-c", source]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -410,3 +471,25 @@ def test_the_best_weights_are_found_and_saved_with_their_evaluation(server: Serv
     assert version["config"]["evaluation"] == {"id": job["id"], "results": [best]}
     page.get_by_role("link", name="tuned@1").click()
     expect(page.get_by_role("region", name="Version 1")).to_contain_text("on 12 rows of")
+
+
+def test_weights_are_measured_on_held_out_rows(server: ServerProcess, page: Page) -> None:
+    """Of the data set that the blend's parts were trained on."""
+    rows = "".join(json.dumps({"prompt": f"{n} and", "completion": f" {n % 5}"}) + "\n" for n in range(40))
+    data = server.client.post("/datasets", files={"file": ("known.jsonl", rows)}).raise_for_status().json()["id"]
+    body = {"name": "known", "dataset": data, "validation": 0.5, "training": {"max_steps": 1}}
+    job = server.client.post("/train", json=body).raise_for_status().json()
+    wait_until(
+        lambda: server.client.get(f"/train/{job['id']}").json()["status"] == "succeeded", what="a trained adapter"
+    )
+    page.get_by_label("Expression").fill("known")
+    page.get_by_text("Find the best weights").click()
+    page.get_by_label("Data set").select_option(data)
+    expect(page.get_by_role("checkbox", name="Only rows that were held out of training")).to_be_checked()
+    page.get_by_role("button", name="Measure", exact=True).click()
+    found = page.get_by_role("region", name="Weights measured")
+    expect(found.get_by_text("Best:")).to_contain_text(f"on {job['data']['validation_rows']} rows")
+    found.get_by_role("button", name="known*0.5", exact=True).click()
+    expect(page.get_by_label("Expression")).to_have_value("known*0.5")
+    page.get_by_role("checkbox", name="Only rows that were held out of training").uncheck()
+    expect(page.get_by_text("A part was trained on this data set")).to_be_visible()

@@ -80,7 +80,7 @@ export function ShadedText({ scores, expression, isInspected }) {
   const leave = () => {
     if (!isPinned && !group.current?.contains(document.activeElement)) choose(-1);
   };
-  return html`<div class="inspected" onMouseLeave=${leave}>
+  return html`<div onMouseLeave=${leave}>
     <div
       class="tokens"
       dir="auto"
@@ -126,24 +126,29 @@ function wordsOf(tuned, base) {
 const GAP = 4; // px
 
 /**
- * The likeliest tokens at a place, under both models, at that token: below it, or above it if the window ends there.
+ * The likeliest tokens at a place, under both models, at that token: below it, or above it if the window ends there. As
+ * a popover, it isn't cut off by the board, which scrolls.
  * @param {{token: Token, place: number, expression: string, group: {current: HTMLElement | null}}} props
  */
 function Inspector({ token, place, expression, group }) {
   const box = useRef(/** @type {HTMLDivElement | null} */ (null));
-  useLayoutEffect(() => {
+  const put = () => {
     const element = /** @type {HTMLElement | undefined} */ (group.current?.children[place]);
-    if (!element || !box.current || !group.current) return;
-    const [line] = element.getClientRects(); // of a token across two lines, the first part
-    const around = group.current.parentElement?.getBoundingClientRect();
-    if (!line || !around) return;
+    const line = element?.getClientRects()[0]; // of a token across two lines, the first part
+    if (!line || !box.current) return;
     const { offsetWidth: width, offsetHeight: height } = box.current;
     const isBelow = line.bottom + GAP + height <= innerHeight || line.top - GAP - height < 0;
     const top = isBelow ? line.bottom + GAP : line.top - GAP - height;
-    const left = Math.max(0, Math.min(line.left - around.left, around.width - width));
-    box.current.style.transform = `translate(${left}px, ${top - around.top}px)`;
+    const left = Math.max(GAP, Math.min(line.left, document.body.clientWidth - width - GAP));
+    box.current.style.transform = `translate(${left}px, ${top}px)`;
+  };
+  useLayoutEffect(() => box.current?.showPopover(), []);
+  useLayoutEffect(() => {
+    put();
+    addEventListener("scroll", put, true);
+    return () => removeEventListener("scroll", put, true);
   });
-  return html`<div class="inspector" ref=${box}>
+  return html`<div class="inspector" popover="manual" ref=${box}>
     ${token.base ? html`<${Likeliest} title="base" chosen=${token.base} />` : null}
     <${Likeliest} title=${expression} chosen=${token.tuned} />
   </div>`;
