@@ -28,7 +28,7 @@ from server.api.generation import ask_queue
 from server.api.lanes import receiving
 from server.api.problems import form_of
 from server.api.refusals import Refusals
-from server.api.representation import compact, is_long_json
+from server.api.representation import compact, is_compactable
 from server.api.routes import LIST_BYTES, Resource, Routes
 from server.api.sites import Sites
 from server.api.streams import ClientGoneError
@@ -105,7 +105,7 @@ class Edge:
         receiving.set(receive)
         started = time.perf_counter()
         status = 0
-        held: Message | None = None  # the start of a long JSON answer
+        held: Message | None = None  # the start of an answer to compress
         method = scope["method"]
         if method == "HEAD" and "GET" in resource.methods and method not in resource.methods:
             scope = {**scope, "method": "GET"}  # uvicorn doesn't send the body
@@ -123,7 +123,7 @@ class Edge:
                     headers.setdefault("Cache-Control", "no-store")
                 if root_path:
                     _add_prefix(headers, root_path)
-                held = message if is_long_json(headers) else None
+                held = message if is_compactable(headers) else None
                 if held is not None:
                     return
                 status = message["status"]

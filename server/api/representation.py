@@ -1,4 +1,4 @@
-"""Long JSON answers: compressed, and answered with 304 if the client already has the same one.
+"""Long answers in JSON, and metrics: compressed, and answered with 304 if the client already has the same one.
 
 Streams and short answers aren't touched. The length of a compressed answer can leak a secret next to an attacker's
 text. No answer has both.
@@ -13,18 +13,20 @@ from anyio import to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message
 
+from server.metrics.metrics import CONTENT_TYPE as METRICS
+
 MIN_BYTES = 1024
 _LARGE_BYTES = 64 << 10  # hashed and compressed in a thread: a megabyte takes about 10 ms
 _LEVEL = 1  # level 6 takes three times as long, and saves a seventh of the bytes
 _GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
-_JSON = ("application/json", "application/problem+json")
+_TYPES = ("application/json", "application/problem+json", METRICS)
 
 
-def is_long_json(headers: Headers) -> bool:
-    """Return whether a response with these headers is JSON of at least `MIN_BYTES`, whose length is known."""
+def is_compactable(headers: Headers) -> bool:
+    """Return whether a response with these headers is JSON or metrics, at least `MIN_BYTES` long."""
     length = headers.get("content-length", "")
     is_long = length.isdecimal() and int(length) >= MIN_BYTES and "content-encoding" not in headers
-    return is_long and headers.get("content-type") in _JSON
+    return is_long and headers.get("content-type") in _TYPES
 
 
 async def compact(asked: Headers, method: str, start: Message, body: Message) -> None:

@@ -248,7 +248,7 @@ def test_roll_back(server: ServerProcess, browser: Browser, adapter_dir: Path, n
         versions = page.get_by_role("region", name="Versions of noise")
         row = versions.get_by_role("row", name=re.compile("^1 "))
         act(row, "Use this version")
-        expect(row).to_contain_text("in use (latest)")
+        expect(row).to_contain_text("in use")
         expect(page.get_by_role("region", name="Version 1", exact=True)).to_be_visible()
         assert server.client.get("/adapters/noise").json()["latest"] == 1
         page.get_by_text("Add alias").click()

@@ -169,7 +169,12 @@ def runs(server: ServerProcess) -> list[dict[str, Any]]:
             job |= {
                 "status": "succeeded",
                 "adapter": PUBLISHED | {"name": name},
-                "metrics": {"eval_loss": held, "base_eval_loss": 4.61, "recall": recall},
+                "metrics": {
+                    "eval_loss": held,
+                    "base_eval_loss": 4.61,
+                    "recall": recall,
+                    "eval_exact_match": 1 - recall,
+                },
                 "started_at": "2026-01-01T00:00:00Z",
                 "finished_at": f"2026-01-01T00:0{number + 1}:00Z",
             }
@@ -198,7 +203,10 @@ def test_runs_are_sorted_and_compared(
     with page_of(browser, server.url, size) as page:
         pretend_runs(page, runs)
         page.goto(f"{server.url}/#/train")
-        expect(page.get_by_role("navigation", name="Jobs")).to_contain_text("held-out loss 1.83")
+        listed = page.get_by_role("navigation", name="Jobs")
+        expect(listed).to_contain_text("held-out loss 1.83")
+        expect(listed.get_by_role("link", name="unmeasured")).to_contain_text("learning rate 0.001")
+        expect(listed).to_contain_text("just now")
         page.get_by_role("link", name="Compare runs").click()
         table = page.get_by_role("region", name="Runs, as a table")
         names = table.locator("tbody th a")
@@ -206,6 +214,7 @@ def test_runs_are_sorted_and_compared(
         for column, wanted in (
             ("Held-out loss", ["fast", "slow", "unmeasured"]),
             ("Held-out loss", ["slow", "fast", "unmeasured"]),  # the other way round; unknown values stay last
+            ("Held-out answers right", ["fast", "slow", "unmeasured"]),
             ("Recall", ["slow", "fast", "unmeasured"]),
             ("Learning rate", ["slow", "unmeasured", "fast"]),
             ("Name", ["fast", "slow", "unmeasured"]),
@@ -290,7 +299,7 @@ def test_a_rollback_is_selected_and_undone(server: ServerProcess, browser: Brows
         row = page.get_by_role("region", name="Versions of a, as a table").get_by_role("row").nth(5)
         act(row, "Use this version")
         expect(page.get_by_role("region", name="Version 3", exact=True)).to_be_visible()
-        expect(row).to_contain_text("in use (latest)")
+        expect(row).to_contain_text("in use")
         assert server.client.get("/adapters/a").json()["latest"] == 3
         page.get_by_role("button", name="Undo").click()
         expect(page.get_by_role("region", name="Version 7", exact=True)).to_be_visible()

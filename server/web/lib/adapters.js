@@ -100,6 +100,12 @@ const recentFirst = (adapters) =>
 /** Versions, the newest first. @param {Adapter} adapter */
 export const newestFirst = (adapter) => [...adapter.versions].sort((one, other) => other.version - one.version);
 
+/** The version that a pin of an expression means; "" is the latest. @param {Adapter} adapter @param {string} pin */
+export function versionOf({ aliases, latest, versions }, pin) {
+  const number = pin ? (aliases[pin] ?? Number(pin)) : latest;
+  return versions.find(({ version }) => version === number);
+}
+
 /**
  * Whether most rows are turns of a chat, so that an adapter trained on them should be asked in a chat; null: not known.
  * @param {Kinds | undefined} kinds

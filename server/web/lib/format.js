@@ -37,7 +37,10 @@ const MOMENT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeSty
 export const moment = (iso) => MOMENT.format(new Date(iso));
 
 /** @param {string} iso */
-export const ago = (iso) => `${duration(Math.max(0, (Date.now() - Date.parse(iso)) / 1000))} ago`;
+export function ago(iso) {
+  const seconds = (Date.now() - Date.parse(iso)) / 1000;
+  return seconds < 5 ? "just now" : `${duration(seconds)} ago`;
+}
 
 /** A share as in 93 %, or 0.2 %. @param {number} share from 0 to 1 */
 export function percent(share) {

@@ -31,16 +31,7 @@ const MEANINGS = {
   504: "Gateway Timeout",
 };
 
-/** A file of them, as it would be dropped. */
-export const sampleFile = () =>
-  fileOf(
-    Object.entries(MEANINGS).map(([code, meaning]) => ({
-      prompt: `The HTTP status code ${code} means`,
-      completion: ` ${meaning}.`,
-    })),
-    "http-codes.jsonl",
-  );
-
-/** @param {object[]} rows @param {string} name */
-export const fileOf = (rows, name) =>
-  new File([rows.map((row) => `${JSON.stringify(row)}\n`).join("")], name, { type: "application/jsonl" });
+export const SAMPLE_ROWS = Object.entries(MEANINGS).map(([code, meaning]) => ({
+  prompt: `The HTTP status code ${code} means`,
+  completion: ` ${meaning}.`,
+}));

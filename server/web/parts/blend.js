@@ -1,6 +1,6 @@
 /** Which adapters, how much of each: sliders, and the expression that they make. Either changes the other. */
 import { format, parse } from "../lib/expression.js";
-import { newestFirst, useSearch } from "../lib/adapters.js";
+import { newestFirst, useSearch, versionOf } from "../lib/adapters.js";
 import { html, useRef, useState } from "../lib/html.js";
 import { Badge, TextField } from "./basics.js";
 
@@ -38,7 +38,7 @@ export function Blend({ adapters, value, problem, onChange }) {
     const isOnly = terms?.filter((other) => other.name === term.name).length === 1;
     const label = isOnly || !term.pin ? term.name : `${term.name}@${term.pin}`;
     return adapter
-      ? html`<${Row} key=${isOnly ? term.name : `${term.name} ${place}`} adapter=${adapter} label=${label} term=${term} change=${(/** @type {Term | null} */ next) => change(place, next)} />`
+      ? html`<${Row} key=${isOnly ? term.name : `${term.name} ${place}`} adapter=${adapter} label=${label} term=${term} further=${furtherOf(adapter, terms ?? [])} change=${(/** @type {Term | null} */ next) => change(place, next)} onAdd=${(/** @type {Term} */ next) => change(terms?.length ?? 0, next)} />`
       : null;
   });
   for (const adapter of unused)
@@ -63,10 +63,17 @@ export function Blend({ adapters, value, problem, onChange }) {
       className="code" placeholder="base" value=${value} onChange=${onChange} />`;
 }
 
+/** The newest version that no term means; undefined: all are there. @param {Adapter} adapter @param {Term[]} terms */
+const furtherOf = (adapter, terms) =>
+  newestFirst(adapter).find((version) =>
+    terms.every(({ name, pin }) => name !== adapter.name || versionOf(adapter, pin) !== version),
+  );
+
 /**
- * @param {{adapter: Adapter, label: string, term: Term | null, change: (term: Term | null) => void}} props
+ * @param {{adapter: Adapter, label: string, term: Term | null, further?: Version | undefined,
+ *   change: (term: Term | null) => void, onAdd?: (term: Term) => void}} props `further`: a version that may be added
  */
-function Row({ adapter, label, term, change }) {
+function Row({ adapter, label, term, further, change, onAdd }) {
   const { name } = adapter;
   return html`<li class=${term ? "used" : ""}>
     <label class="check">
@@ -77,11 +84,12 @@ function Row({ adapter, label, term, change }) {
     ${
       term
         ? html`<select aria-label="Version of ${label}" value=${term.pin} onChange=${(/** @type {Typed} */ event) => change({ ...term, pin: event.currentTarget.value })}>
-            <option value="" selected=${term.pin === ""}>latest (${adapter.latest})</option>
+            <option value="" selected=${term.pin === ""}>in use (${adapter.latest})</option>
             ${Object.keys(adapter.aliases).map((alias) => html`<option value=${alias} selected=${term.pin === alias}>${alias} (${adapter.aliases[alias]})</option>`)}
             ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)} selected=${term.pin === String(version)}>version ${version}</option>`)}
           </select>
-          <${Slider} label=${label} weight=${term.weight} onChange=${(/** @type {number} */ weight) => change({ ...term, weight })} />`
+          <${Slider} label=${label} weight=${term.weight} onChange=${(/** @type {number} */ weight) => change({ ...term, weight })} />
+          ${further && onAdd ? html`<button type="button" class="link more" onClick=${() => onAdd({ name, pin: String(further.version), weight: 1 })}>Add version ${further.version}</button>` : null}`
         : null
     }
   </li>`;

@@ -17,7 +17,7 @@ const MEASURES = /** @type {const} */ ([
   ["loss", "Held-out loss", loss],
   ["perplexity", "Perplexity", loss],
   ["accuracy", "Accuracy by token", percent],
-  ["exact_match", "Held-out answers right", percent],
+  ["exact_match", "Held-out answers right", rightOf],
 ]);
 
 const COLUMNS = /** @type {const} */ ([
@@ -30,7 +30,7 @@ const COLUMNS = /** @type {const} */ ([
 /** @param {{report: any, points: Point[]}} props `points`: those of the whole run */
 export function Card({ report, points }) {
   if (report.kind === "merge") return html`<${MergeCard} report=${report} />`;
-  const sentences = [...verdictsOf(report), riseOf(report, points)].filter(Boolean);
+  const sentences = [answersOf(report), ...verdictsOf(report), riseOf(report, points)].filter(Boolean);
   return html`<div class="reported">
     ${sentences.map((sentence) => html`<p>${sentence}</p>`)}
     ${report.gate?.passes === false && report.method !== "full" ? html`<p class="warning">No version was published: ${report.gate.reason}.</p>` : null}
@@ -46,12 +46,30 @@ export function Card({ report, points }) {
       <dd>${plural(report.data?.rows ?? 0, "row")}, ${plural(report.data?.trained_tokens ?? 0, "trained-on token")}</dd>
       <dt>Steps</dt>
       <dd>${count(report.steps ?? 0)}${report.kept_step && report.kept_step !== report.steps ? `, the best at ${report.kept_step}` : ""}</dd>
-      <dt>Took</dt>
+      <dt>Training took</dt>
       <dd>${duration(report.wall_seconds ?? 0)}, ${bytes(report.peak_memory_bytes ?? 0)} of memory at most</dd>
       <dt>Stored</dt>
       <dd>${bytes(report.bytes_stored ?? 0)}</dd>
     </dl>
   </div>`;
+}
+
+/** How many of the rows were answered right. @param {number} share @param {number} rows */
+function rightOf(share, rows) {
+  const right = Math.round(share * rows);
+  return Math.abs(right - share * rows) < 0.01 ? `${count(right)} of ${count(rows)}` : percent(share); // not all rows have one answer
+}
+
+/** The answers to new rows, which decide, and those to trained ones. @param {any} report @returns {string} */
+function answersOf({ evaluation: held, recall }) {
+  const share = held?.tuned?.exact_match ?? null;
+  if (share === null) return "";
+  const base = held.base?.exact_match ?? null;
+  const than = base === null ? "" : ` (the base: ${rightOf(base, held.num_rows)})`;
+  const trained = recall
+    ? `, and ${count(recall.num_right.tuned)} of ${plural(recall.num_rows, "trained row")}`
+    : "";
+  return `Right on ${rightOf(share, held.num_rows)} held-out rows, which it never saw${than}${trained}.`;
 }
 
 /** @param {{held: any, recall: any}} props what was measured on held-out rows and on trained ones; null: not measured */
@@ -65,7 +83,7 @@ function Measures({ held, recall }) {
         ([name, words, format]) =>
           html`<tr>
             <th scope="row">${words}</th>
-            ${columns.map(([of]) => html`<td class="number">${has(held[of]?.[name]) ? format(held[of][name]) : "–"}</td>`)}
+            ${columns.map(([of]) => html`<td class="number">${has(held[of]?.[name]) ? format(held[of][name], held.num_rows) : "–"}</td>`)}
           </tr>`,
       )}
       ${
@@ -129,8 +147,15 @@ function sentenceOf({
   const why =
     rows < FEW_ROWS || low === null || high === null
       ? `${on}: too few to tell`
-      : `${on}; the difference may be ${low.toPrecision(2)} to ${high.toPrecision(2)}`;
+      : `${on}; the difference may be ${spanOf(metric, low, high)}`;
   return `No clear difference from ${name}: ${measured} (${why}).`;
+}
+
+/** @param {Comparison["metric"]} metric @param {number} low @param {number} high */
+function spanOf(metric, low, high) {
+  if (metric === "loss" || metric === "brier") return `${low.toPrecision(2)} to ${high.toPrecision(2)}`;
+  const points = (/** @type {number} */ share) => `${share < 0 ? "−" : "+"}${Math.round(100 * Math.abs(share))}`;
+  return `${points(low)} to ${points(high)} points`;
 }
 
 /** The verdict on a report that was made before jobs compared row by row. @param {any} held */

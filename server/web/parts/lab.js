@@ -1,5 +1,7 @@
 /** The lab: measure a blend at several weights on the rows of a data set, use the best weights, and save them. */
-import { ask, get } from "../lib/api.js";
+import { versionOf } from "../lib/adapters.js";
+import { Problem, ask, get } from "../lib/api.js";
+import { MOST_ROWS, allRows, send } from "../lib/datasets.js";
 import { checked, format } from "../lib/expression.js";
 import { plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
@@ -8,7 +10,7 @@ import { useAction, useResource } from "../lib/resource.js";
 import { perPerson } from "../lib/session.js";
 import { to } from "../lib/route.js";
 import { useStore } from "../lib/store.js";
-import { Bar, Fault, SelectField, Table, TextField } from "./basics.js";
+import { Bar, Check, Fault, SelectField, Table, TextField } from "./basics.js";
 import { Chart } from "./chart.js";
 
 /** @import { Term } from "../lib/expression.js" */
@@ -55,14 +57,19 @@ const last = perPerson(/** @type {Sweep | null} */ (null));
 export function Lab({ terms, value }) {
   const [dataset, setDataset] = useState("");
   const [metric, setMetric] = useState("loss");
+  const [isHeldOut, setHeldOut] = useState(true);
   const sets = useResource((signal) => get("/datasets", signal), []);
   const trained = useResource((signal) => trainedOn(terms, signal), [value]);
   const sweep = useStore(last);
+  const chosen = sets.data?.datasets.find((/** @type {DataSet} */ set) => set.id === dataset);
+  const splits = (trained.data ?? []).flatMap((config) => (config.dataset === dataset ? [config.validation] : []));
+  const canHoldOut = splits.length > 0 && splits.every(isShare) && chosen?.rows <= MOST_ROWS;
   const start = useAction(async () => {
     const points = pointsOf(terms);
     // each is compared with the first, on the same rows
     const adapters = [...new Set([value, ...points.map((point) => point.adapter), "base"])];
-    const { id } = await ask("POST", "/evaluate", { json: { adapters, datasets: [dataset], metrics: [metric] } });
+    const measured = canHoldOut && isHeldOut ? await heldOut(chosen, splits) : dataset;
+    const { id } = await ask("POST", "/evaluate", { json: { adapters, datasets: [measured], metrics: [metric] } });
     last.set({ id, terms, current: value, points, metric });
   });
   const options = sets.data?.datasets.map((/** @type {DataSet} */ set) => [
@@ -79,21 +86,40 @@ export function Lab({ terms, value }) {
       <${SelectField} label="Data set" name="datasets" problem=${start.problem} hint="Choose rows that no part was trained on." value=${dataset} options=${[["", "choose one"], ...(options ?? [])]} onChange=${setDataset} />
       <${SelectField} label="Measure" name="metrics" problem=${start.problem} value=${metric} options=${METRICS} onChange=${setMetric} />
     </div>
-    ${trained.data?.includes(dataset) ? html`<p class="warning">A part was trained on this data set, so what is found may hold for these rows only.</p>` : null}
+    ${canHoldOut ? html`<${Check} checked=${isHeldOut} onChange=${() => setHeldOut(!isHeldOut)}>Only rows that were held out of training<//>` : null}
+    ${splits.length && !(canHoldOut && isHeldOut) ? html`<p class="warning">A part was trained on this data set, so what is found may hold for these rows only.</p>` : null}
     <p><button type="button" class="plain" disabled=${!dataset || start.busy} onClick=${() => start.run()}>Measure</button></p>
     <${Fault} problem=${start.problem} beside=${["datasets", "metrics"]} />
     ${sweep ? html`<${Measured} key=${sweep.id} sweep=${sweep} />` : null}`;
 }
 
-/** The data sets of the jobs that made the terms' versions. @param {Term[]} terms @param {AbortSignal} signal @returns {Promise<string[]>} */
+/** Whether a job held out a share of its rows, not rows of its own. @param {unknown} validation */
+const isShare = (validation) => validation === null || typeof validation === "number";
+
+/**
+ * A data set of the rows that none of the splits trained on.
+ * @param {DataSet} set
+ * @param {(number | null)[]} splits the shares that were held out; null: the default
+ * @returns {Promise<string>} its id
+ */
+async function heldOut({ id, filename }, splits) {
+  const all = await Promise.all([...new Set(splits)].map((share) => allRows(id, share ?? undefined)));
+  const rows = (all[0] ?? []).filter((_, place) => all.every((side) => side[place]?.split === "validation"));
+  const message = "has no row that was held out of training: choose another one, or measure all of its rows";
+  if (!rows.length) throw new Problem(422, message, [{ loc: ["datasets"], message }]);
+  const name = (filename ?? "rows").replace(/\.\w+$/, "");
+  const kept = rows.map(({ row }) => row);
+  return (await send(kept, `${name}-held-out.jsonl`)).id;
+}
+
+/** The configurations of the jobs that made the terms' versions. @param {Term[]} terms @param {AbortSignal} signal @returns {Promise<any[]>} */
 async function trainedOn(terms, signal) {
   const found = await Promise.all(
     terms.map(async ({ name, pin }) => {
       if (name.includes("/")) return null;
       const adapter = (await get(`/adapters?${new URLSearchParams({ name })}`, signal)).adapters[0];
-      const number = pin ? (adapter?.aliases[pin] ?? Number(pin)) : adapter?.latest;
-      const job = adapter?.versions.find((/** @type {Version} */ one) => one.version === number)?.job_id;
-      return job ? (await get(`/train/${encodeURIComponent(job)}`, signal)).config.dataset : null;
+      const job = adapter && versionOf(adapter, pin)?.job_id;
+      return job ? (await get(`/train/${encodeURIComponent(job)}`, signal)).config : null;
     }),
   );
   return found.filter(Boolean);
@@ -165,7 +191,9 @@ function Found({ sweep, results, differences }) {
       ${results.map(
         (result) =>
           html`<tr class=${result === best ? "chosen" : ""}>
-            <th scope="row" class="wraps"><code>${result.adapter}</code></th>
+            <th scope="row" class="wraps">
+              ${result.adapter === "base" ? html`<code>base</code>` : html`<button type="button" class="link" title="Use these weights" onClick=${() => expression.set(result.adapter)}><code>${result.adapter}</code></button>`}
+            </th>
             <td class="number">${shown(result.value)}</td>
             <td class="number">${result.low === null ? "–" : `${shown(result.low)} to ${shown(result.high)}`}</td>
           </tr>`,

@@ -28,6 +28,8 @@ export async function load() {
 
 /** Distances between whole numbers on an axis. */
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000];
+/** uPlot itself rounds to three decimals, so that 0.0005 would be 0.001. */
+const TICK = new Intl.NumberFormat("en", { maximumSignificantDigits: 6 });
 const FEW = 30; // values that are marked each
 
 /** @param {string} name of a colour of the style sheet */
@@ -95,6 +97,8 @@ export function plotOf({ place, height, xLabel, yLabel, isTime, isLog, isFromZer
     space: 90,
     values: (/** @type {unknown} */ _, /** @type {number[]} */ splits) => splits.map(clock),
   };
+  const ticks = (/** @type {unknown} */ _, /** @type {(number | null)[]} */ splits) =>
+    splits.map((value) => (value === null ? "" : TICK.format(value))); // a logarithmic axis names only some
   const range = (/** @type {unknown} */ _, /** @type {number} */ __, /** @type {number | null} */ most) =>
     /** @type {[number, number]} */ ([0, Math.max(most ?? 0, 1) * 1.05]);
   const tight = (/** @type {unknown} */ _, /** @type {number} */ least, /** @type {number} */ most) =>
@@ -109,7 +113,7 @@ export function plotOf({ place, height, xLabel, yLabel, isTime, isLog, isFromZer
       },
       axes: [
         { ...axis, ...(isTime ? times : { label: xLabel, labelSize: 22, incrs: WHOLE }) },
-        { ...axis, ...(yLabel ? { label: yLabel, labelSize: 22 } : {}) },
+        { ...axis, size: 60, values: ticks, ...(yLabel ? { label: yLabel, labelSize: 22 } : {}) },
       ],
       series: [
         { label: xLabel, ...(isTime ? { value: (_, at) => (at === null ? "–" : clock(at)) } : {}) },

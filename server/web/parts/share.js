@@ -131,14 +131,16 @@ function markdownOf({ at, request, seed, columns }) {
   return `${[...head, ...answers].join("\n\n")}\n`;
 }
 
-/** Make the browser save a run. @param {Run} run @param {"md" | "json"} kind */
-export function save(run, kind) {
-  const text = kind === "md" ? markdownOf(run) : `${JSON.stringify(plain(run), null, 2)}\n`;
+/** Make the browser save a run, or several. @param {Run | Run[]} of @param {"md" | "json"} kind */
+export function save(of, kind) {
+  const all = Array.isArray(of) ? of : [of];
+  const json = () => JSON.stringify(Array.isArray(of) ? of.map(plain) : plain(of), null, 2);
+  const text = kind === "md" ? all.map(markdownOf).join("\n") : `${json()}\n`;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(
     new Blob([text], { type: kind === "md" ? "text/markdown" : "application/json" }),
   );
-  link.download = `playground-${new Date(run.at).toISOString().slice(0, 19).replaceAll(":", "-")}.${kind}`;
+  link.download = `playground-${new Date(all[0]?.at ?? 0).toISOString().slice(0, 19).replaceAll(":", "-")}.${kind}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

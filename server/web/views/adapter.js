@@ -141,9 +141,9 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onUse, on
     <th scope="row"><button type="button" class="link" aria-pressed=${isChosen} onClick=${onChoose}>${number}</button></th>
     <td class="number">${loss(held)} ${held !== undefined && base !== undefined ? html`<${Against} held=${held} base=${base} />` : null}</td>
     <td class="number">${recall === undefined ? "–" : percent(recall)}</td>
-    <td>${version.verdict ?? "–"}</td>
+    <td>${version.verdict === "can't tell" ? "no clear difference" : (version.verdict ?? "–")}</td>
     <td>
-      ${number === adapter.latest ? html`<${Badge} tone="good">in use (latest)<//>` : null}
+      ${number === adapter.latest ? html`<${Badge} tone="good">in use<//>` : null}
       ${Object.entries(adapter.aliases)
         .filter(([, of]) => of === number)
         .map(

@@ -1,16 +1,15 @@
 /** Data sets: the list, and the rows of one, with search, lengths, duplicates and sides of the split. */
-import { get, upload } from "../lib/api.js";
+import { get } from "../lib/api.js";
+import { MOST_ROWS, allRows, pathOf, send } from "../lib/datasets.js";
 import { bytes, count, moment, plural } from "../lib/format.js";
 import { html, useEffect, useState } from "../lib/html.js";
 import { filled } from "../lib/job_form.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
 import { go, to } from "../lib/route.js";
-import { fileOf, sampleFile } from "../lib/sample_rows.js";
+import { SAMPLE_ROWS } from "../lib/sample_rows.js";
 import { Badge, Check, Fault, Table, TextField } from "../parts/basics.js";
 
 const PAGE = 50;
-const MOST_AT_ONCE = 1000;
-const MOST = 20_000; // rows that are read to make a new data set
 const MOST_LETTERS = 300;
 const TYPING = 200; // ms
 
@@ -27,7 +26,7 @@ function Sets({ jobs }) {
   );
   const isShown = useIsShown();
   const sample = useAction(async () => {
-    const stored = await send(sampleFile());
+    const stored = await send(SAMPLE_ROWS, "http-codes.jsonl");
     if (isShown()) go("train", "data", stored.id);
   });
   return html`<section class="card" aria-label="Data sets">
@@ -60,16 +59,9 @@ function Sets({ jobs }) {
   </section>`;
 }
 
-/** @param {File} file */
-function send(file) {
-  const form = new FormData();
-  form.append("file", file);
-  return upload("/datasets", form, () => {});
-}
-
 /** @param {{id: string}} props */
 function Rows({ id }) {
-  const path = `/datasets/${encodeURIComponent(id)}`;
+  const path = pathOf(id);
   const [text, setText] = useState("");
   const [offset, setOffset] = useState(0);
   const [excluded, setExcluded] = useState(/** @type {Set<number>} */ (new Set()));
@@ -89,16 +81,9 @@ function Rows({ id }) {
   }, [rows.data]);
   const isShown = useIsShown();
   const exclude = useAction(async () => {
-    /** @type {Record<string, any>[]} */
-    const kept = [];
-    for (let at = 0; at < (set.data?.rows ?? 0); at += MOST_AT_ONCE) {
-      const page = /** @type {DatasetRow[]} */ (
-        (await get(`${path}/rows?offset=${at}&limit=${MOST_AT_ONCE}`)).rows
-      );
-      kept.push(...page.filter(({ index }) => !excluded.has(index)).map(({ row }) => row));
-    }
+    const kept = (await allRows(id)).filter(({ index }) => !excluded.has(index)).map(({ row }) => row);
     const name = (set.data?.filename ?? "rows").replace(/\.\w+$/, "");
-    const stored = await send(fileOf(kept, `${name}-${kept.length}-rows.jsonl`));
+    const stored = await send(kept, `${name}-${kept.length}-rows.jsonl`);
     if (isShown()) go("train", "data", stored.id);
   });
   const toggle = (/** @type {number} */ index) => {
@@ -151,8 +136,8 @@ function Rows({ id }) {
       excluded.size
         ? html`<p class="row" role="status">
             ${plural(excluded.size, "row")} excluded.
-            <button type="button" disabled=${exclude.busy || !set.data || set.data.rows > MOST || excluded.size >= set.data.rows} onClick=${() => exclude.run()}>Make a data set without ${excluded.size === 1 ? "it" : "them"}</button>
-            ${set.data && set.data.rows > MOST ? html`<small>Only for up to ${count(MOST)} rows.</small>` : null}
+            <button type="button" disabled=${exclude.busy || !set.data || set.data.rows > MOST_ROWS || excluded.size >= set.data.rows} onClick=${() => exclude.run()}>Make a data set without ${excluded.size === 1 ? "it" : "them"}</button>
+            ${set.data && set.data.rows > MOST_ROWS ? html`<small>Only for up to ${count(MOST_ROWS)} rows.</small>` : null}
           </p>`
         : null
     }

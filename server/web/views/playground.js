@@ -1,8 +1,9 @@
 /** Playground: one prompt under a blend of adapters, streamed, next to the base or other blends. */
-import { listAdapters } from "../lib/adapters.js";
+import { isOfChats, listAdapters, versionOf } from "../lib/adapters.js";
 import { Problem, ask, get } from "../lib/api.js";
 import { checked, parse } from "../lib/expression.js";
 import { count, plural } from "../lib/format.js";
+import { promptOf, turnOf } from "../lib/generation.js";
 import { html, useEffect, useRef, useState } from "../lib/html.js";
 import { lazy } from "../lib/lazy.js";
 import {
@@ -27,11 +28,13 @@ import { AnswerColumn } from "../parts/answer.js";
 import { Check, Choice, Fault, Field, Form, NumberField, SelectField, TextField } from "../parts/basics.js";
 import { Blend } from "../parts/blend.js";
 
+/** @import { Listed } from "../lib/adapters.js" */
 /** @import { Request } from "../lib/generation.js" */
 /** @import { Run } from "../lib/playground.js" */
 /** @import { Typed } from "../parts/basics.js" */
 
 const EMPTY = new Problem(422, "is empty", [{ loc: ["prompt"], message: "write something first" }]);
+const KINDS = /** @type {[string, string]} */ (["Question", "Text to continue"]);
 const IS_MAC = /^Mac/.test(navigator.platform);
 
 export function PlaygroundView() {
@@ -77,7 +80,12 @@ export function PlaygroundView() {
     <div class="playground">
       <div class="ask" tabindex="-1" onKeyDown=${onKeyDown}>
         <${Form} label="Request" className="card" onSubmit=${submit}>
-          ${hasTurns ? html`<${Choice} legend="Kind of prompt" name="kind" value=${request.isChat} words=${["Question", "Text to continue"]} onChange=${change("isChat")} />` : null}
+          ${
+            hasTurns
+              ? html`<${Choice} legend="Kind of prompt" name="kind" value=${request.isChat} words=${KINDS} onChange=${change("isChat")} />
+            <${Mismatch} blend=${blend} adapters=${adapters.data} isChat=${request.isChat} onChange=${change("isChat")} />`
+              : null
+          }
           ${request.isChat ? html`<${TextField} label="System message" value=${request.system} placeholder="none" onChange=${change("system")} />` : null}
           <${Field}
             label=${request.isChat ? "Question" : "Text"}
@@ -92,6 +100,7 @@ export function PlaygroundView() {
             <button type="submit">Generate</button>
             <button type="button" class="plain" disabled=${!isRunning} onClick=${stop}>Stop</button>
             <small class="wide-only">${IS_MAC ? "⌘" : "Ctrl"} + Enter</small>
+            <${TokenCount} request=${request} />
           </p>
           <${Share} expressions=${expressions} mine=${mine} />
           <h2>Adapters</h2>
@@ -128,6 +137,49 @@ export function PlaygroundView() {
     </div>`;
 }
 
+/** The length of the prompt, on demand: counting takes from the key's limits. @param {{request: Request}} props */
+function TokenCount({ request }) {
+  const prompt = JSON.stringify(promptOf(request, [turnOf(request.prompt)]));
+  const [counted, setCounted] = useState({ prompt: "", words: "" });
+  const tell = useAction(async () => {
+    const { count: number, max_model_len: most } = await ask("POST", "/tokenize", { json: JSON.parse(prompt) });
+    setCounted({ prompt, words: `${plural(number, "token")} of at most ${count(most)}, with the answer` });
+  });
+  return html`<span aria-live="polite">
+    ${
+      counted.prompt === prompt
+        ? html`<small>${counted.words}</small>`
+        : html`<button type="button" class="link" disabled=${!request.prompt || tell.busy} onClick=${() => tell.run()}>Count tokens</button>`
+    }
+    <${Fault} problem=${tell.problem} />
+  </span>`;
+}
+
+/**
+ * A hint if an adapter of the blend learned from the other kind of prompt.
+ * @param {{blend: string, adapters: Listed | null, isChat: boolean, onChange: (isChat: boolean) => void}} props
+ */
+function Mismatch({ blend, adapters, isChat, onChange }) {
+  const all = [...(adapters?.own ?? []), ...(adapters?.shared ?? [])];
+  const versionAt = (/** @type {string} */ name, /** @type {string} */ pin) => {
+    const adapter = all.find((one) => one.name === name);
+    return adapter && versionOf(adapter, pin);
+  };
+  const parts = (parse(blend) ?? []).flatMap(({ name, pin }) => {
+    const version = versionAt(name, pin);
+    return version?.parts ?? (version ? [{ name, version: version.version }] : []);
+  });
+  const others = parts.filter(
+    ({ name, version }) => isOfChats(versionAt(name, String(version))?.config.kinds) === !isChat,
+  );
+  if (!others.length) return null;
+  const names = [...new Set(others.map(({ name }) => name))].join(" and ");
+  return html`<p class="warning" role="status">
+    ${names} learned from ${isChat ? "plain prompts" : "questions of a chat"}:
+    <button type="button" class="link" onClick=${() => onChange(!isChat)}>use ${KINDS[isChat ? 1 : 0]}</button>
+  </p>`;
+}
+
 /** The answers of a run, in equal columns. @param {{run: Run, isRunning: boolean, problem: Problem | null}} props */
 function Board({ run: of, isRunning, problem }) {
   const [how, setHow] = useState("tokens");
@@ -146,7 +198,7 @@ function Board({ run: of, isRunning, problem }) {
                 ? columns.map((column, place) => [String(place), `differences from ${column.expression}`])
                 : []),
             ]} />
-            <${Export} run=${of} />
+            <${Export} of=${of} label="Export" />
           </div>
           ${
             how === "tokens"
@@ -180,11 +232,11 @@ function Reply({ run: of }) {
 const share = () => import("../parts/share.js");
 const Code = lazy(async () => (await share()).Code);
 
-/** @param {{run: Run}} props */
-function Export({ run: of }) {
+/** @param {{of: Run | Run[], label: string}} props */
+function Export({ of, label }) {
   const save = useAction(async (/** @type {"md" | "json"} */ kind) => (await share()).save(of, kind));
-  return html`<button type="button" class="plain" onClick=${() => save.run("md")}>Export Markdown</button>
-    <button type="button" class="plain" onClick=${() => save.run("json")}>Export JSON</button>
+  return html`<button type="button" class="plain" onClick=${() => save.run("md")}>${label} Markdown</button>
+    <button type="button" class="plain" onClick=${() => save.run("json")}>${label} JSON</button>
     <${Fault} problem=${save.problem} />`;
 }
 
@@ -224,6 +276,7 @@ function History({ current }) {
   return html`<details class="card">
     <summary>History (${count(all.length)})</summary>
     <p class="muted">The last 50 runs, until this page is reloaded or closed.</p>
+    <p class="row"><${Export} of=${all} label="Export all as" /></p>
     <ul class="names">
       ${all.map(
         (one) =>

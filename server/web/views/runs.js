@@ -30,7 +30,8 @@ const secondsOf = ({ started_at: from, finished_at: to }) =>
  */
 const COLUMNS = [
   { title: "Held-out loss", of: (job) => job.metrics["eval_loss"], show: loss, isNumber: true },
-  { title: "Base's", of: (job) => job.metrics["base_eval_loss"], show: loss, isNumber: true },
+  { title: "Held-out answers right", of: (job) => job.metrics["eval_exact_match"], show: percent, isNumber: true },
+  { title: "Base's loss", of: (job) => job.metrics["base_eval_loss"], show: loss, isNumber: true },
   { title: "Recall", of: (job) => job.metrics["recall"], show: percent, isNumber: true },
   { title: "Training loss", of: (job) => job.metrics["train_loss"], show: loss, isNumber: true },
   { title: "Steps", of: (job) => job.progress.step, show: count, isNumber: true },

@@ -84,7 +84,7 @@ export function TrainView({ path: [id, ...others] }) {
                   <span class="name">${job.name}</span>
                   <${Status} job=${job} />
                   ${job.project === "default" ? null : html`<small>of ${job.project}</small>`}
-                  ${job.adapter ? html`<small>version ${job.adapter.version}</small>` : null}
+                  ${job.adapter ? html`<small>version ${job.adapter.version}</small>` : job.config.training ? html`<small>learning rate ${job.config.training["learning_rate"]}</small>` : null}
                   ${typeof job.metrics["eval_loss"] === "number" ? html`<small>held-out loss ${loss(job.metrics["eval_loss"])}</small>` : null}
                   <small>${ago(job.created_at)}</small>
                   ${job.status === "running" ? html`<${Bar} label="progress" value=${job.progress.step} most=${job.progress.total_steps ?? 0} />` : null}

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import Message
 
-from server.api.representation import MIN_BYTES, compact, is_long_json
+from server.api.representation import MIN_BYTES, compact, is_compactable
 from server.api.zips import StoredZip
 from tests.server.api.adapters.peft_files import as_parts, peft_files
 from tests.server.api.fakes import Caller
@@ -58,6 +58,14 @@ async def test_long_json_is_compressed_if_the_client_accepts_it(client: httpx.As
     assert plain.headers["etag"] == packed.headers["etag"]
     refused = await raw(app, "GET", "/openapi.json", accept_encoding="gzip;q=0, br")
     assert refused.body == plain.body
+
+
+async def test_metrics_are_compressed_if_the_client_accepts_it(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """Prometheus and the page's Engine view do, which asks every two seconds."""
+    packed = await raw(app, "GET", "/metrics", accept_encoding="gzip")
+    plain = gzip.decompress(packed.body)
+    assert b"smolora_requests_running" in plain
+    assert len(packed.body) < len(plain) / 5
 
 
 async def test_unchanged_answers_are_not_sent_again(client: httpx.AsyncClient, app: FastAPI) -> None:
@@ -173,7 +181,7 @@ async def test_head_is_not_possible_without_get(client: httpx.AsyncClient, path:
     ],
 )
 def test_what_counts_as_long_json(headers: dict[str, str], expected: bool) -> None:
-    assert is_long_json(Headers(headers)) == expected
+    assert is_compactable(Headers(headers)) == expected
 
 
 async def test_large_answers_are_hashed_and_compressed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
