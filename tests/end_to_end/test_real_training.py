@@ -32,6 +32,7 @@ def test_real_base_memorizes_codes(trainer: ServerProcess) -> None:
     check(overfit(trainer, num_codes=12, epochs=24))
 
 
+@pytest.mark.thorough  # in make test, the README trains on these rows, and test_attempt.py trains a worse version
 def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
     """With early stopping, which once kept step 4 of 48 by the loss of three rows; then a bad job of the name."""
     path = Path(__file__).parent.parent.parent / "examples" / "http-codes.jsonl"
