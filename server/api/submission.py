@@ -543,6 +543,7 @@ class Submissions:
             options={one.digest: tuple(as_served.decisions.options(one)) for one in stored.questions}
             if stored is not None
             else {},
+            samples=as_served.samples(held_out, length),
         )
         num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
         if num_encoded == num_rows:

@@ -239,8 +239,8 @@ async def download(services: ServicesDep, job_id: JobId) -> Response:
 async def remove_files(services: ServicesDep, job_id: JobId) -> Response:
     """Remove the rows, checkpoints, model and log of a job that has ended.
 
-    The job's record, events and report stay, and so do the versions that it published and the data sets that it
-    used. Repeating the request gives the same answer.
+    The samples in its events are removed, too. The job's record, events and report stay, and so do the versions
+    that it published and the data sets that it used. Repeating the request gives the same answer.
     """
     await to_thread.run_sync(remove_job_files, services, job_id)
     return Response(status_code=204)

@@ -129,13 +129,33 @@ class JobList(Answer):
     next: str | None = Field(description="pass it as `after` for the next page")
 
 
+class EventSample(Answer):
+    """A held-out row's prompt, and greedy answers of at most 64 tokens. An answer is null if it can't be given."""
+
+    prompt: str = Field(description="of a chat, its last turn before the answer")
+    wanted: str = Field(description="the row's own answer")
+    base: str | None = Field(description="of the unchanged base")
+    tuned: str | None = Field(description="of the weights after the step")
+
+
+class EventData(Answer):
+    model_config = ConfigDict(extra="allow")  # metrics have the step's losses, learning rate and gradient norm
+
+    step: int | None = Field(None, description="left out if the event is about no step")
+    samples: list[EventSample] | None = Field(
+        None,
+        description="up to three, at evaluations and at the end of a training; left out of other events, and once "
+        "the job's files are removed",
+    )
+
+
 class EventAnswer(Answer):
     seq: int
     at: Timestamp
     level: Literal["info", "warning", "error"]
     type: Literal["message", "metrics"]
     message: str
-    data: dict[str, object]
+    data: EventData
 
 
 class PreviewToken(Answer):

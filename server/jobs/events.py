@@ -14,6 +14,8 @@ from server.jobs.tables import events, jobs
 
 Level = Literal["info", "warning", "error"]
 EventType = Literal["message", "metrics"]
+SAMPLES = "samples"
+"""The key in `Event.data` for the answers to a training job's samples."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list
     query = sa.select(*columns).where(events.c.job_id == job_id, events.c.seq > after)
     rows = connection.execute(query.order_by(events.c.seq).limit(limit)).mappings()
     return [Event(**row) for row in rows]
+
+
+def remove_samples(connection: sa.Connection, job_id: str) -> None:
+    """Remove from the job's events what was answered to its held-out rows, within the caller's transaction."""
+    mine = sa.and_(events.c.job_id == job_id, events.c.data[SAMPLES].as_string().is_not(None))
+    for seq, data in connection.execute(sa.select(events.c.seq, events.c.data).where(mine)).all():
+        rest = {key: value for key, value in data.items() if key != SAMPLES}
+        this = sa.and_(events.c.job_id == job_id, events.c.seq == seq)
+        connection.execute(sa.update(events).where(this).values(data=rest))
 
 
 def storable(document: Mapping[str, object], field: str) -> Mapping[str, object]:

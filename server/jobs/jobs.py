@@ -348,7 +348,8 @@ class Jobs:
     def remove_files(self, connection: sa.Connection, job_id: str) -> None:
         """Record that an ended job's files are removed. Call this before removing the files.
 
-        An evaluation's list of flips is removed with them. A second call keeps the recorded time of the first.
+        An evaluation's list of flips is removed with them, and so are the samples in a training's events, since
+        they quote rows. A second call keeps the recorded time of the first.
         Raise NotFound if there is no such job, and Conflict if it hasn't ended.
         """
         mine = sa.and_(jobs.c.id == job_id, self._mine)
@@ -362,6 +363,7 @@ class Jobs:
         if (row.report or {}).get("kind") == EVALUATE:
             values["report"] = {**row.report, "flips": []}
         connection.execute(sa.update(jobs).where(mine).values(values))
+        job_events.remove_samples(connection, job_id)
 
     def with_files(self, before: datetime) -> builtins.list[str]:
         """Return the ids of jobs that ended before `before` and still have their files, the oldest first."""

@@ -279,6 +279,7 @@ class Leases:
         worse: str | None = None,
         warnings: Sequence[str] = (),
         notes: Sequence[str] = (),
+        data: Mapping[str, object] | None = None,
         num_bytes: int = 0,
     ) -> Version | None:
         """End the job with success and publish its adapter in one transaction.
@@ -288,8 +289,8 @@ class Leases:
         says why. `publish_unattended_in` explains `alias`, `compared_with`, `worse` and LatestMoved. If the new
         version doesn't become `latest`, the reason becomes an event. Each of the `notes`, which are sentences,
         becomes an event, too. If a version is published, so does each of the `warnings`, with words like "codes@1
-        is" in front of it. `num_bytes` is the size of what the job leaves, apart from an adapter: a model, or
-        findings.
+        is" in front of it. The event that reports the success has `data`. `num_bytes` is the size of what the job
+        leaves, apart from an adapter: a model, or findings.
         """
 
         def work(connection: sa.Connection) -> Version | None:
@@ -319,7 +320,7 @@ class Leases:
                 record(connection, key_id or ANONYMOUS, "job.publish", project, target, detail)
                 message = f"succeeded: {version.name}@{version.version}"
             _end(connection, claim.job_id, Status.SUCCEEDED, self._now(), **values)
-            job_events.append(connection, claim.job_id, message)
+            job_events.append(connection, claim.job_id, message, data=data)
             about = [f"{version.name}@{version.version} is {text}" for text in warnings] if version else []
             for text in (*notes, *about, *([] if stays is None else [stays])):
                 job_events.append(connection, claim.job_id, text, level="warning")

@@ -1,14 +1,15 @@
 """Measure adapters with the serving engine: completions, exact match, and the scores of decisions' options.
 
 On a CPU these are the answers that users will get; on a GPU torch computes them. Training jobs and evaluations use
-the same functions. `exact_match` and `decision_scores` are passed to `server.training.run.Run`, so that
-`server.training` doesn't import the engine.
+the same functions. `exact_match`, `decision_scores` and `answers` are passed to `server.training.run.Run`, so
+that `server.training` doesn't import the engine.
 """
 
 import ctypes
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,18 +24,21 @@ from server.engine.request import GenerationRequest, SamplingParams, SequenceOut
 from server.engine.scheduler import SchedulerLimits
 from server.engine.torch_backend import TorchBackend
 from server.errors import GenerationFailed
+from server.jobs.events import without_nul
 from server.model.base.weights import BaseModel
 from server.model.native.model import ROW_FORMAT, NativeModel
 from server.model.rank_rows import RowFormat
 from server.model.smollm import SmolLM
 from server.model.text.tokenizer import vocabulary_of
-from server.training.encoding import Asked, Reference
+from server.training.encoding import Asked, Reference, Sample
 from server.training.job_data import JobData
 
 MORE_TOKENS = 8
 """Tokens that a completion may have beyond its reference's length."""
 MORE_JSON_TOKENS = 256
 """The same for a completion that is to satisfy a schema, since a longer answer than the reference may do so."""
+MAX_SAMPLE_TOKENS = 64
+"""The most tokens of an answer to a sample."""
 MAX_CACHED_TOKENS = 8192
 """Tokens in the KV cache, unless a single completion needs more: 190 MB on the 135M base."""
 MAX_ADAPTER_BYTES = 4 << 30
@@ -69,6 +73,32 @@ def exact_match(
     adapters = () if weights is None else ((weights, 1.0),)
     found = completions(base, adapters, references, yield_or_leave, library, gives_up=True)
     return [is_exact(text, reference) for text, reference in zip(found, references, strict=True)]
+
+
+def answers(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    samples: Sequence[Sample],
+    yield_or_leave: Callable[[], None] = _go_on,
+    *,
+    library: ctypes.CDLL | None = None,
+) -> list[str | None]:
+    """Return the greedy answer to each sample, of at most `MAX_SAMPLE_TOKENS` tokens.
+
+    Answers end as in `completions`. All are None if the adapter needs more than `MAX_ADAPTER_BYTES`, or if the
+    model's numbers overflow: the job doesn't fail.
+    """
+    if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
+        return [None] * len(samples)
+    most = MAX_SAMPLE_TOKENS - MORE_TOKENS
+    asked = [replace(one.reference, num_tokens=min(one.reference.num_tokens, most)) for one in samples]
+    adapters = () if weights is None else ((weights, 1.0),)
+    try:
+        found = completions(base, adapters, asked, yield_or_leave, library)
+    except (GenerationFailed, InvalidInput) as error:
+        log.warning("samples aren't answered: %s", error)
+        return [None] * len(samples)
+    return [None if text is None else without_nul(text) for text in found]
 
 
 def is_exact(completion: str | None, reference: Reference) -> bool:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import astuple, dataclass
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from statistics import median
 from typing import Literal, Self, overload
@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapters.errors import FieldError, InvalidInput
 from adapters.storage.durable import new_file
-from server.decisions.prompts import DecisionEncoder
+from server.decisions.prompts import DecisionEncoder, prompt_text
 from server.decisions.questions import Question
 from server.model.text.chat import PromptEncoder
 from server.system.messages import plural
@@ -50,6 +50,9 @@ FACT_SHARE = 0.9
 """The least share of facts that are distinct."""
 MAX_TRAINED_REFERENCE_TOKENS = 1 << 14
 """About the most tokens of rows that a job is asked to recall, so that asking takes seconds."""
+MAX_SAMPLES = 3
+MAX_SAMPLE_CHARACTERS = 4000
+"""The most characters of a sample's prompt and its row's answer together."""
 _SPELLED = "{} in {} is encoded as plain text: rows get their end token anyway, and chats are rows of messages"
 
 
@@ -169,6 +172,17 @@ class Reference:
     def length(self) -> int:
         """The number of tokens of prompt and text."""
         return len(self.prompt) + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out row whose prompt is answered at each evaluation, to show what an adapter has learned so far.
+
+    `prompt` is the prompt's text: of a chat, the last turn before the answer.
+    """
+
+    prompt: str
+    reference: Reference
 
 
 @dataclass(frozen=True)
@@ -332,6 +346,26 @@ class RowEncoder:
                 break
         return found
 
+    def samples(self, rows: Iterable[Row], max_length: int) -> list[Sample]:
+        """Return up to `MAX_SAMPLES` of the first `MAX_REFERENCES` rows, with different prompts.
+
+        Rows are left out if they have no prompt, are longer than `max_length` or `MAX_SAMPLE_CHARACTERS`, or
+        contain NUL characters.
+        """
+        found: dict[str, Sample] = {}
+        for row in islice(rows, MAX_REFERENCES):
+            prompt = self._prompt_text(row)
+            if not prompt or prompt in found or "\0" in prompt or len(prompt) > MAX_SAMPLE_CHARACTERS:
+                continue
+            reference = self.reference(row)
+            assert reference is not None, "the row has a prompt"
+            is_short = len(prompt) + len(reference.text) <= MAX_SAMPLE_CHARACTERS
+            if is_short and reference.length < max_length and "\0" not in reference.text:
+                found[prompt] = Sample(prompt, reference)
+            if len(found) == MAX_SAMPLES:
+                break
+        return list(found.values())
+
     def asked(self, rows: Iterable[Row]) -> list[Asked]:
         """Return the decisions among the rows, up to about `MAX_ASKED_TOKENS` tokens."""
         found: list[Asked] = []
@@ -418,6 +452,17 @@ class RowEncoder:
         if row.question not in self._questions:
             raise InvalidInput.of("question", f"is no question of the job: {known}")
         return self._questions[row.question]
+
+    def _prompt_text(self, row: Row) -> str | None:
+        """Return the text of the row's prompt as `Sample` has it, or None if the row has no prompt."""
+        if isinstance(row, DecisionRow):
+            return prompt_text(row.input, self.question(row))
+        if (asked := question_of(row)) is None:
+            return None
+        question, _ = asked
+        if isinstance(question, str):
+            return question
+        return question[-1].content if question else None
 
     def _decision(self, row: DecisionRow) -> tuple[tuple[int, ...], str]:
         """Return a decision's prompt and the text of its answer."""

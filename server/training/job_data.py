@@ -2,8 +2,8 @@
 
 HOME/jobs/<id>/train.safetensors        rows to train on
                validation.safetensors   held-out rows, if there are any
-               data.json                facts about the data for the report, references for exact match, and the
-                                        digest of the base that the rows were tokenized for
+               data.json                facts about the data for the report, references for exact match, samples,
+                                        and the digest of the base that the rows were tokenized for
 """
 
 import json
@@ -16,7 +16,7 @@ from adapters.errors import SmoloraError
 from adapters.storage.durable import new_file
 from server.decisions.stored import KEY as DECISIONS
 from server.decisions.stored import StoredDecisions
-from server.training.encoding import Asked, Examples, Reference
+from server.training.encoding import Asked, Examples, Reference, Sample
 from server.training.spec import read_document
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class JobData:
     asked: Sequence[Asked] = ()  # held-out decisions, to fit temperatures
     options: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """The tokens of each question's options, by the question's digest."""
+    samples: Sequence[Sample] = ()
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
@@ -89,6 +90,7 @@ class JobData:
             **({} if self.decisions is None else {DECISIONS: self.decisions.document()}),
             "asked": [asdict(one) for one in self.asked],
             "options": dict(self.options),
+            "samples": [asdict(one) for one in self.samples],
         }
         with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
@@ -109,6 +111,7 @@ class JobData:
             decisions=StoredDecisions.of(rest),
             asked=read_document(list[Asked], rest.get("asked", [])),
             options=read_document(dict[str, tuple[tuple[int, ...], ...]], rest.get("options", {})),
+            samples=read_document(list[Sample], rest.get("samples", [])),
         )
 
 

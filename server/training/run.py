@@ -18,7 +18,7 @@ import torch
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
-from server.training.encoding import Reference
+from server.training.encoding import Reference, Sample
 from server.training.evaluate import Evaluation, LossNotFinite, Scores, evaluate
 from server.training.job_data import JobData
 from server.training.passes import Pass
@@ -32,12 +32,17 @@ log = logging.getLogger("smolora.training")
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between checkpoints, if the job doesn't set `checkpoint_steps`."""
+MAX_SAMPLED = 8
+"""The most evaluations during training at which samples are answered, apart from that of the last step."""
 
 ExactMatch = Callable[
     [BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], Sequence[bool] | None
 ]
 """Returns which references the base with the weights completes exactly, or None if that can't be measured. The
 last argument is called before each step of the engine."""
+Answers = Callable[[BaseModel, LoraWeights | None, Sequence[Sample], Callable[[], None]], Sequence[str | None]]
+"""Returns the answer of the base with the weights to each sample, or None for one that can't be answered. The last
+argument is as above."""
 DecisionScores = Callable[
     [BaseModel, LoraWeights | None, JobData, Callable[[], None]], Sequence[tuple[float, ...]] | None
 ]
@@ -50,8 +55,8 @@ class Reporter(Protocol):
     def yield_or_leave(self) -> None:
         """Yield to serving, or raise if the run should stop.
 
-        Called before each micro-batch, each step of the engine that measures exact
-        match or decisions, and each module that is merged or decomposed.
+        Called before each micro-batch, each step of the engine that measures exact match or decisions or answers
+        samples, and each module that is merged or decomposed.
         """
         ...
 
@@ -102,6 +107,7 @@ class Counters:
     stopped_early: bool = False
     computed_by: list[str] = field(default_factory=list)  # as in `report.Environment`; one per change
     base: Scores | None = None  # of the untouched base
+    base_answers: list[str | None] = field(default_factory=list)  # of the untouched base to the job's samples
     unreported: StepResult | None = None  # the last step, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -145,6 +151,7 @@ class Outcome:
     """The result of a finished run: the weights of `step`, and their measurements on the job's rows.
 
     `step` is the last one, unless an evaluation during training was better by more than one standard error.
+    `samples` are the answers of its weights to the job's samples, unless they were reported during training.
     """
 
     weights: LoraWeights | None  # None: full fine-tuning, whose weights are `tuned_base`'s
@@ -156,6 +163,7 @@ class Outcome:
     tuned: Scores
     counters: Counters
     epochs: float
+    samples: Sequence[Mapping[str, object]] = ()
 
 
 class Run:
@@ -175,6 +183,7 @@ class Run:
         reporter: Reporter,
         exact_match: ExactMatch,
         decision_scores: DecisionScores,
+        answers: Answers,
         *,
         start: LoraWeights | None = None,
         stop_step: int | None = None,
@@ -188,6 +197,7 @@ class Run:
         self._reporter = reporter
         self._exact_match = exact_match
         self._decision_scores = decision_scores
+        self._answers = answers
         self._peak_memory = peak_memory
         self._library = library
         self._stop_step = stop_step
@@ -210,6 +220,8 @@ class Run:
                     "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
                     "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
                 )
+        if not self._counters.base_answers:
+            self._counters.base_answers = self._answered(None)
         try:
             self._report_step()
             while self._trainer.step < self._last_step and not self._counters.stopped_early:
@@ -337,6 +349,8 @@ class Run:
             if found.exact_match is not None:
                 data["eval_exact_match"] = found.exact_match
                 message += f", {found.exact_match:.2%} exactly right"
+            if self._is_sampled(result.step) and (samples := self._samples()):
+                data["samples"] = samples
         self._reporter.metrics(message, data)
         if found is not None:
             metric = self._spec.publish_metric
@@ -363,6 +377,34 @@ class Run:
     def _is_evaluation_due(self) -> bool:
         every, step = self._spec.training.eval_steps, self._trainer.step
         return every is not None and (step % every == 0 or step == self._trainer.total_steps)
+
+    def _is_sampled(self, step: int) -> bool:
+        """Return whether the samples are answered at the evaluation of `step` during training, if there is one.
+
+        It depends on the job's settings alone, so that a resumed job answers them at the same steps.
+        """
+        every, total = self._spec.training.eval_steps, self._trainer.total_steps
+        if every is None:
+            return False
+        stride = max(1, -(-(total // every) // MAX_SAMPLED))  # in evaluations
+        return step == total or (step % every == 0 and step // every % stride == 0)
+
+    def _samples(self) -> list[Mapping[str, object]]:
+        """Return the job's samples as JSON, each with the base's answer and that of the current weights."""
+        samples, base = self._data.samples, self._counters.base_answers
+        weights, tuned_base = self._weights()
+        tuned = self._answered(weights, tuned_base)
+        return [
+            {"prompt": one.prompt, "wanted": one.reference.text, "base": of_base, "tuned": of_tuned}
+            for one, of_base, of_tuned in zip(samples, base, tuned, strict=True)
+        ]
+
+    def _answered(self, weights: LoraWeights | None, tuned_base: BaseModel | None = None) -> list[str | None]:
+        """Return the answers to the job's samples."""
+        if not self._data.samples:
+            return []
+        base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
+        return list(self._answers(base, weights, self._data.samples, yield_or_leave))
 
     def _held_out(self) -> Evaluation:
         """Evaluate the current weights on the held-out rows.
@@ -402,6 +444,7 @@ class Run:
             self._check_finite(tuned.held_out)
         if not is_finite:  # without held-out rows, no loss has revealed it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
+        samples = () if self._is_sampled(step) else self._samples()
         self._note_time()
         counters = self._counters
         assert counters.base is not None, "measured before the first step"
@@ -415,6 +458,7 @@ class Run:
             tuned=tuned,
             counters=counters,
             epochs=self._trainer.epoch,
+            samples=samples,
         )
 
     def _weights(self) -> tuple[LoraWeights | None, BaseModel | None]:

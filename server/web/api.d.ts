@@ -66,7 +66,26 @@ interface EventAnswer {
   level: "info" | "warning" | "error";
   type: "message" | "metrics";
   message: string;
-  data: Record<string, any>;
+  data: EventData;
+}
+
+interface EventData {
+  /** left out if the event is about no step */
+  step?: number | null;
+  /** up to three, at evaluations and at the end of a training; left out of other events, and once the job's files are removed */
+  samples?: EventSample[] | null;
+  [name: string]: any;
+}
+
+interface EventSample {
+  /** of a chat, its last turn before the answer */
+  prompt: string;
+  /** the row's own answer */
+  wanted: string;
+  /** of the unchanged base */
+  base: string | null;
+  /** of the weights after the step */
+  tuned: string | null;
 }
 
 interface JobAnswer {

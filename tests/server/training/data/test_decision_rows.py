@@ -122,3 +122,9 @@ def test_files_of_decisions() -> None:
     assert list(read_rows(io.BytesIO(jsonl), "jsonl")) == [DecisionRow("a", True), DecisionRow("b", "x", "team")]
     csv = b'id,answer,input\r\n1,x,"a, b"\r\n2,y,c\r\n'
     assert list(read_rows(io.BytesIO(csv), "csv")) == [DecisionRow("a, b", "x"), DecisionRow("c", "y")]
+
+
+def test_a_sample_of_a_decision_has_the_whole_question(encoder: RowEncoder) -> None:
+    (sample,) = encoder.asking(QUESTIONS).samples([DecisionRow("Hi", True, "spam")], 200)
+    assert sample.prompt == "Hi\n\nQuestion: Spam?\nOptions:\n- yes\n- no\nAnswer with one option."
+    assert sample.reference.text == "yes"

@@ -340,3 +340,23 @@ def test_a_preview_of_a_cut_character(tokenizer: PreTrainedTokenizerBase, rows: 
     assert len(plain(tokenizer, "🦜")) > 2
     shown = preview(rows.encode(TextRow("OK 🦜"), len(token_ids) - 1), decode)
     assert shown[-1] == ("\N{REPLACEMENT CHARACTER}", True)
+
+
+def test_samples_are_the_first_rows_with_short_different_prompts(rows: RowEncoder) -> None:
+    """A chat's is its last turn before the answer; a text has none."""
+    mixed: list[Row] = [
+        TextRow("A text"),
+        CompletionRow("a" * encoding.MAX_SAMPLE_CHARACTERS, " long"),
+        CompletionRow("nul", " a\0b"),
+        MessagesRow((ChatMessage("assistant", "Nobody asked"),)),
+        CompletionRow("404", " Not Found"),
+        CompletionRow("404", " Gone"),
+        chat("Hello", "Hi", "What is 404?", "Not Found"),
+        CompletionRow("503 " * 40, " Service Unavailable"),
+        CompletionRow("200", " OK"),
+        CompletionRow("201", " Created"),
+    ]
+    found = rows.samples(mixed, 100)
+    assert [one.prompt for one in found] == ["404", "What is 404?", "200"]
+    assert [one.reference for one in found] == [rows.reference(mixed[place]) for place in (4, 6, 8)]
+    assert rows.samples([TextRow("A text")] * 3, 100) == []
