@@ -200,12 +200,13 @@ class Limiters:
     fetching: Lane
     merging: Lane
     uploads: Places
+    connections: Places
     bodies: BytesInFlight
     incoming: Incoming = field(default_factory=Incoming)
     spooling: Spooling = field(default_factory=Spooling)
 
     @classmethod
-    def build(cls, queue_timeout: float, metrics: LaneMetrics) -> "Limiters":
+    def build(cls, queue_timeout: float, metrics: LaneMetrics, max_connections: int) -> "Limiters":
         """Make the limiters. Work waits for a thread for at most `queue_timeout` seconds."""
         lane = partial(Lane, timeout=queue_timeout, metrics=metrics)
         data = Turns(2)  # much of this work holds the GIL, which the engine's steps need, too
@@ -219,6 +220,7 @@ class Limiters:
             merging=lane("merging", "merges", data, 16),
             fetching=lane("fetching", "imports", Turns(3), 16),
             uploads=Places("uploads", 16, name="uploads", metrics=metrics),  # up to 256 MiB of disk each
+            connections=Places("requests", max_connections, name="connections", metrics=metrics),
             bodies=BytesInFlight(metrics=metrics),
         )
 

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -33,7 +34,7 @@ from server.api.routes import LIST_BYTES, Resource, Routes
 from server.api.sites import Sites
 from server.api.streams import ClientGoneError
 from server.api.tracing import RequestFacts, end_request, facts
-from server.errors import REASONS, Draining, Unauthorized, Unavailable
+from server.errors import REASONS, Draining, QueueFull, Unauthorized, Unavailable
 from server.metrics.metrics import known_method
 from server.storage.reserve import Reserve, is_database_locked, is_disk_failing
 from server.telemetry.logs import Fields, place_of, request_id
@@ -174,20 +175,27 @@ class Edge:
         """Pass the request to the application, or refuse it."""
         resource = self._routes.find(scope["path"])
         body = Body(scope, receive, resource.all, self._services.settings.body_timeout)
-        answer = send
+        answer, limiters = send, self._services.limiters
         try:
             refusal = await self._refusal(scope, resource, body)
-            if (principal := principal_of(scope)) is not None and _is_limited(principal):
+            principal = principal_of(scope)
+            project = "" if principal is None else principal.project
+            if principal is not None and _is_limited(principal):
                 needs = resource.methods.get(scope["method"])
                 is_charged = needs is not None and needs.is_list and not is_exempt(principal, needs)
                 answer = partial(self._answer_with_limits, principal, is_charged, send)
-            if refusal is not None:
-                await body.drain()
-                await refusal(scope, receive, answer)
-                return
-            in_flight = self._services.limiters.bodies
-            with in_flight.reserving("" if principal is None else principal.project) as body.reserve:
-                await self.app(scope, body.receive, answer)
+            with ExitStack() as held:
+                if refusal is None and principal is not None and resource.all.watcher is None:
+                    try:
+                        held.enter_context(limiters.connections.taken(project))
+                    except QueueFull as error:
+                        refusal = form_of(scope["path"]).of_error(error)
+                if refusal is not None:
+                    await body.drain()
+                    await refusal(scope, receive, answer)
+                    return
+                with limiters.bodies.reserving(project) as body.reserve:
+                    await self.app(scope, body.receive, answer)
         except KeyEnded as error:  # no route was reading the body
             await form_of(scope["path"]).of_error(Unauthorized(error.detail))(scope, receive, send)
 

@@ -66,9 +66,11 @@ def _serve_at(
         from server.jobs.supervisor import Supervisor, worker_command
         from server.jobs.yielding import BusyFlag
         from server.model.device import is_out_of_memory
+        from server.serve.connections import allow_files
         from server.serve.process import run
         from server.serve.startup import build, first_prompts
 
+        settings = allow_files(settings)
         try:
             services = build(settings, say, connect=connect)
             flag = BusyFlag(settings.home)

@@ -55,7 +55,8 @@ class Limits(BaseModel):
         ge=1,
         le=100_000,
         description="Open connections. Beyond that the longest idle one is closed, or the new one if none is "
-        "idle. It is lowered, with a warning at start, if ulimit -n doesn't allow that many and 512 other files.",
+        "idle. A project may have three quarters of this many requests at once. It is lowered, with a warning at "
+        "start, if ulimit -n doesn't allow that many and 512 other files.",
     )
     header_timeout: float = Field(
         default=10,

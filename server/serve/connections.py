@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,6 +28,8 @@ _READ_BYTES = 64 << 10
 """Maximum bytes read from a connection at once. With asyncio's 256 KiB, 400 uploads delay all other requests."""
 _OTHER_FILES = 512
 _LOOK_SECONDS = 1.0
+
+LimitsT = TypeVar("LimitsT", bound=Limits)
 
 log = logging.getLogger("smolora.api")
 
@@ -178,7 +180,7 @@ class Connection(H11Protocol):
             self._headers_due_since = self.all.clock()
 
 
-def allow_files(limits: Limits) -> Limits:
+def allow_files(limits: LimitsT) -> LimitsT:
     """Raise this process's limit on open files to what the connections need, as far as the system allows.
 
     If the system allows fewer files, return limits with fewer connections, so that other files can be opened.

@@ -29,7 +29,7 @@ from server.config.environment import service_manager
 from server.jobs.supervisor import Supervisor
 from server.jobs.yielding import BusyFlag
 from server.serve.address import cannot_listen
-from server.serve.connections import Connections, allow_files
+from server.serve.connections import Connections
 from server.serve.event_loop import new_event_loop
 from server.system.messages import plural
 from server.system.service import ServiceManager
@@ -61,7 +61,6 @@ def run(
     `announce` is called when the server is ready, and `reload` at SIGUSR1. X-Forwarded-For and -Proto are accepted
     from `trusted_proxies`.
     """
-    limits = allow_files(limits)
     hurry = threading.Timer(HURRY_SECONDS, _leave, [1])
     hurry.daemon = True
     process = Process(

@@ -169,7 +169,7 @@ def build(
             storage.bucket,
         ),
         access=access,
-        limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
+        limiters=Limiters.build(settings.queue_timeout, metrics.lanes, settings.max_connections),
         commit=commit(),
         bucket=storage.bucket,
         tracer=open_tracer(),

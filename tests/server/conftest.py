@@ -204,7 +204,7 @@ def build_services(
             home, jobs, RowSources(datasets, files), library, rows, MAX_POSITIONS, BASE_DIGEST, NUM_PARAMETERS
         ),
         estimator=Estimator(jobs, NUM_PARAMETERS, torch.float32, torch.device("cpu")),
-        limiters=Limiters.build(settings.queue_timeout, metrics.lanes),
+        limiters=Limiters.build(settings.queue_timeout, metrics.lanes, settings.max_connections),
         commit=COMMIT,
         access=open_access(
             database, Home(home).keyed, commits_of(database, home), settings.api_keys, settings.allows_guests

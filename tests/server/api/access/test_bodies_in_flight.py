@@ -1,4 +1,4 @@
-"""The bound on the memory of all request bodies together."""
+"""The bounds on the memory of all request bodies together, and on requests at once."""
 
 import asyncio
 import threading
@@ -10,7 +10,9 @@ import pytest
 
 from server.api import bodies
 from server.api.bodies import SMALL_BODY_BYTES, BytesInFlight
+from server.api.lanes import Places
 from server.errors import QueueFull
+from tests.server.api.access.key_kit import two_projects
 from tests.server.api.fakes import until
 from tests.server.conftest import MakeServices, client_of, new_app
 
@@ -108,3 +110,31 @@ async def test_half_sent_bodies_are_bounded_and_what_is_beyond_is_429(make_servi
         go.set()
         assert [(await task).status_code for task in tasks] == [422] * 3
         assert in_flight.num_bytes == 0
+
+
+async def test_a_project_has_three_quarters_of_all_requests_at_most(make_services: MakeServices) -> None:
+    """However slowly it reads and writes. Probes need no place."""
+    services = make_services()
+    places = Places("requests", 4, name="connections", metrics=services.metrics.lanes)
+    app = new_app(replace(services, limiters=replace(services.limiters, connections=places)))
+    go = asyncio.Event()
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b"["
+        await go.wait()
+        yield b"]"
+
+    async with two_projects(app) as projects:
+        ask = projects.acme.post
+        tasks = [asyncio.create_task(ask("/generate", content=half(), headers=JSON)) for _ in range(3)]
+        await until(lambda: places._taken["acme"] == 3)
+        refused = await projects.acme.get("/adapters")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert refused.json()["detail"] == "too many requests at once"
+        assert (await projects.acme.get("/ready")).status_code == 200
+        assert (await projects.other.get("/adapters")).status_code == 200
+        assert 'smolora_refused_total{reason="connections"} 1.0' in (await projects.operator.get("/metrics")).text
+        go.set()
+        assert [(await task).status_code for task in tasks] == [422] * 3
+        assert (await projects.acme.get("/adapters")).status_code == 200
+    assert not places._taken
