@@ -173,7 +173,7 @@ def runs(server: ServerProcess) -> list[dict[str, Any]]:
                     "eval_loss": held,
                     "base_eval_loss": 4.61,
                     "recall": recall,
-                    "eval_exact_match": 1 - recall,
+                    "eval_exact_match": None if recall is None else 1 - recall,
                 },
                 "started_at": "2026-01-01T00:00:00Z",
                 "finished_at": f"2026-01-01T00:0{number + 1}:00Z",
