@@ -133,7 +133,7 @@ def test_an_adapter_past_the_list(server: ServerProcess, browser: Browser, adapt
         sign_in(page, OPERATORS)
         page.goto(f"{server.url}/#/adapters/{adapter}")
         expect(page.get_by_text("There are more than this page lists: find them by name.")).to_be_visible()
-        expect(page.get_by_role("article", name=adapter)).to_contain_text("latest")
+        expect(page.get_by_role("article", name=adapter)).to_contain_text("in use")
         page.get_by_role("button", name=f"More actions for {adapter}").click()
         expect(page.get_by_role("button", name="Make private")).to_be_visible()  # it is its project's
         page.keyboard.press("Escape")

@@ -92,7 +92,7 @@ def noise(server: ServerProcess, browser: Browser, adapter_dir: Path) -> str:
         drop(page, ".drop", {WEIGHTS: (adapter_dir / WEIGHTS).read_bytes()})
         upload.get_by_label("Name").fill("noise")
         upload.get_by_role("button", name="Upload").click()
-        expect(page.get_by_role("article", name="noise")).to_contain_text("latest")
+        expect(page.get_by_role("article", name="noise")).to_contain_text("in use")
     assert server.client.get("/adapters/noise").json()["latest"] == 1
     return "noise"
 
@@ -133,7 +133,7 @@ def test_a_whole_folder_is_dropped(server: ServerProcess, browser: Browser, adap
         expect(upload).to_contain_text(f"{CONFIG}, b.safetensors")  # what was just dropped, whatever was there
         upload.get_by_label("Name").fill("folder")
         upload.get_by_role("button", name="Upload").click()
-        expect(page.get_by_role("article", name="folder")).to_contain_text("latest")
+        expect(page.get_by_role("article", name="folder")).to_contain_text("in use")
     assert server.client.delete("/adapters/folder").status_code == 204
 
 
