@@ -73,14 +73,14 @@ LIVE = """() => {
 """The page's stream of a job's events is what `report(step, data)` sends."""
 
 
-def open_live(page: Page, server: ServerProcess, job: str) -> None:
+def open_live(page: Page, server: ServerProcess, job: str, rate: float = 0.001) -> None:
     """Open a job that has reported ten steps, with a held-out loss at step 4 alone."""
     page.add_init_script(f"({LIVE})()")
     page.goto(f"{server.url}/#/train/{job}")
     page.reload()
     for step in range(1, 11):
         held = {"eval_loss": 0.553} if step == 4 else {}
-        report_step(page, step, train_loss=6 / step, learning_rate=0.001 / step, gradient_norm=1 + step, **held)
+        report_step(page, step, train_loss=6 / step, learning_rate=rate / step, gradient_norm=1 + step, **held)
     expect(page.locator(".chart .u-over").first).to_be_visible()
 
 
@@ -152,6 +152,25 @@ def test_curves_are_smoothed_and_logarithmic(server: ServerProcess, browser: Bro
             course.get_by_text("As a table").click()
             expect(course.locator("details tbody tr").last.locator("td")).to_have_text(wanted)
         assert violations(page) == []
+
+
+WRITTEN = """() => {
+    window.written = new Set();
+    const real = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+        window.written.add(text);
+        return real.call(this, text, ...rest);
+    };
+}"""
+"""`written` has the texts that charts draw."""
+
+
+def test_ticks_of_small_values_are_exact(server: ServerProcess, browser: Browser, job: str) -> None:
+    with page_of(browser, server.url) as page:
+        page.add_init_script(f"({WRITTEN})()")
+        open_live(page, server, job, rate=0.0004)
+        page.get_by_text("Learning rate and gradient norm").click()
+        wait_for(page, lambda: page.evaluate("[...written].some((text) => /^0\\.000[1-9]/.test(text))"))
 
 
 MEASURED = {"slow": (0.0001, 2.35, 0.25), "fast": (0.01, 1.83, 0.96), "unmeasured": (0.001, None, None)}
