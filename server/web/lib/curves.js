@@ -13,7 +13,7 @@ const point = (step, values = {}) => ({ step, train: null, held: null, rate: nul
 /** The points of a job's events. @param {JobEvent[]} events @returns {Point[]} */
 export const pointsOfEvents = (events) =>
   events.flatMap(({ type, data }) =>
-    type === "metrics" && data["step"] !== undefined
+    type === "metrics" && typeof data["step"] === "number"
       ? [
           point(data["step"], {
             train: data["train_loss"] ?? null,
