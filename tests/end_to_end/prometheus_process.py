@@ -75,9 +75,10 @@ class Prometheus:
         return str(rule["state"])
 
     def firing(self, server: ServerProcess) -> set[str]:
-        """Return the names of the server's alerts that fire."""
+        """Return the names of the alerts that fire for the server, or for all servers together."""
+        mine = instance_of(server)
         firing = [one["labels"] for one in self.get("alerts")["alerts"] if one["state"] == "firing"]
-        return {labels["alertname"] for labels in firing if labels.get("instance") == instance_of(server)}
+        return {labels["alertname"] for labels in firing if labels.get("instance", mine) == mine}
 
     def close(self) -> None:
         self._process.terminate()
