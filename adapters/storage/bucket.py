@@ -1,12 +1,16 @@
 """Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
-retried with jitter for `patience` seconds, and the last attempt may take as many seconds again. All requests may
-be repeated. Conditional puts, which may not, aren't used; some stores don't support them anyway.
+retried with jitter for `patience` seconds, and the last attempt may take half as long again. All requests may be
+repeated. Conditional puts, which may not, aren't used; some stores don't support them anyway.
+
+If the store gave no answer in all that time, other operations fail at once for OUTAGE_SECONDS. So what a
+caller does after a failure, such as removing what it has uploaded, doesn't wait as long again.
 """
 
 import hashlib
 import logging
+import math
 import random
 import re
 import secrets
@@ -32,9 +36,12 @@ if TYPE_CHECKING:
 PATIENCE = 20.0
 """Seconds for which a failed operation is retried."""
 RETRY_AFTER = 5.0
+OUTAGE_SECONDS = RETRY_AFTER
+"""Seconds for which operations fail at once after one that had no answer."""
 _PIECE = 16 << 20  # bytes of a large object that one request reads
 _KEYS = 1000  # the most keys that S3 deletes in one request
 _FILE = "file://"
+_RETRIED = frozenset({"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout"})  # and statuses 5xx
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -43,17 +50,39 @@ T = TypeVar("T")
 log = logging.getLogger("smolora.bytes")
 
 
+class _Outage:
+    """Whether the store gave no answer for long. One object for all prefixes of a store. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._failed_at = self._answered_at = -math.inf
+
+    @property
+    def is_on(self) -> bool:
+        return self._answered_at < self._failed_at > time.monotonic() - OUTAGE_SECONDS
+
+    def answered(self) -> None:
+        self._answered_at = time.monotonic()
+
+    def failed(self, began: float) -> None:
+        """Note that an operation had no answer in all its time, unless others had one since it `began`."""
+        if self._answered_at < began:
+            self._failed_at = time.monotonic()
+
+
 class Bucket:
     """The objects below one prefix, with the methods of `Blobs`. Thread-safe.
 
     All methods raise BytesUnavailable if the object store fails or doesn't answer in time.
     """
 
-    def __init__(self, store: "ObjectStore", patience: float, prefix: str = "") -> None:
-        """`prefix` ends in a slash, or is empty."""
+    def __init__(
+        self, store: "ObjectStore", patience: float, prefix: str = "", outage: _Outage | None = None
+    ) -> None:
+        """`prefix` ends in a slash, or is empty. Buckets of one store share their `outage`."""
         self._store = store
         self._patience = patience
         self._prefix = prefix
+        self._outage = outage or _Outage()
 
     @classmethod
     def open(cls, url: str, *, allow_http: bool = False, patience: float = PATIENCE) -> "Bucket":
@@ -75,10 +104,10 @@ class Bucket:
                 },
                 retry_config={
                     "max_retries": 100,
-                    "retry_timeout": timedelta(seconds=patience),
+                    "retry_timeout": timedelta(seconds=patience / 2),  # `_ask` goes on
                     "backoff": {
                         "init_backoff": timedelta(seconds=0.1),
-                        "max_backoff": timedelta(seconds=2),
+                        "max_backoff": timedelta(seconds=min(2.0, patience / 10)),
                         "base": 2,
                     },
                 },
@@ -89,7 +118,7 @@ class Bucket:
 
     def under(self, prefix: str) -> "Bucket":
         """Return the bucket of all objects below `prefix`, which is given without a slash at its end."""
-        return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/")
+        return Bucket(self._store, self._patience, f"{self._prefix}{prefix}/", self._outage)
 
     def put(self, key: str, data: bytes) -> None:
         """Store the object. An existing object with this key is replaced."""
@@ -186,16 +215,26 @@ class Bucket:
         obstore retries only requests that it knows to be idempotent. All of ours are, so a request without an
         answer is sent again.
         """
-        until = time.monotonic() + self._patience
+        if self._outage.is_on:
+            raise BytesUnavailable(retry_after=RETRY_AFTER)
+        began = time.monotonic()
         while True:
             try:
-                return question()
+                answer = question()
+                self._outage.answered()
+                return answer
             except (BaseError, OSError) as error:
                 # Only a code is logged: the store's own message may quote what was signed.
                 found = _CODE.search(str(error)) or _STATUS.search(str(error))
                 if isinstance(error, FileNotFoundError) and (found is None or found[1] in ("404", "NoSuchKey")):
+                    self._outage.answered()
                     raise Missing("there is no such object") from None
-                if found is not None or time.monotonic() > until:
+                is_over = time.monotonic() - began > self._patience
+                if found is not None:
+                    self._outage.answered()
+                elif is_over:
+                    self._outage.failed(began)
+                if is_over or not (found is None or found[1] in _RETRIED or found[1].startswith("5")):
                     reason = f": {found[1]}" if found else ""
                     log.warning("the object store failed: %s%s", type(error).__name__, reason)
                     raise BytesUnavailable(retry_after=RETRY_AFTER) from None

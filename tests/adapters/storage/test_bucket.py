@@ -116,8 +116,13 @@ def test_transient_failures_are_retried(failure: Failure, proxied: "Bucket", pro
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_lasting_failures_are_raised_in_time(
-    failure: Failure, proxied: "Bucket", proxy: Proxy, caplog: pytest.LogCaptureFixture
+    failure: Failure,
+    proxied: "Bucket",
+    proxy: Proxy,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 0.0)  # each operation tries
     caplog.set_level(logging.DEBUG)
     proxied.put("a", bytes(1000))
     proxy.fail(failure)
@@ -131,6 +136,39 @@ def test_lasting_failures_are_raised_in_time(
     assert proxied.get("a") == bytes(1000)
     assert SECRET not in caplog.text
     assert "127.0.0.1" not in caplog.text
+
+
+@pytest.mark.parametrize("failure", ["stall", "cut"])
+def test_after_a_failure_without_an_answer_others_fail_at_once_for_a_while(
+    failure: Failure, proxied: "Bucket", proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 600.0)
+    proxied.put("a", b"1")
+    proxy.fail(failure)
+    with pytest.raises(BytesUnavailable):
+        proxied.under("deep").listed()
+    asked = proxy.asked.total()
+    others: list[Callable[[], object]] = [lambda: proxied.get("a"), lambda: proxied.put("b", b""), proxied.now]
+    for other in others:
+        with pytest.raises(BytesUnavailable):
+            other()
+    assert proxy.asked.total() == asked, "the store wasn't asked again"
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 0.0)
+    proxy.fail("")
+    assert proxied.get("a") == b"1"
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 600.0)
+    assert proxied.get("a") == b"1", "an answer ends the outage"
+
+
+def test_an_answer_of_500_is_no_outage(proxied: "Bucket", proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store may fail one kind of operation, for example writes if it is full."""
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 600.0)
+    proxied.put("a", b"1")
+    proxy.fail("500")
+    with pytest.raises(BytesUnavailable):
+        proxied.put("b", b"")
+    proxy.fail("")
+    assert proxied.get("a") == b"1"
 
 
 def test_a_full_bucket_refuses_writes_and_allows_reads_and_deletes(proxied: "Bucket", proxy: Proxy) -> None:

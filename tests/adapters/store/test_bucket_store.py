@@ -416,8 +416,15 @@ def test_packed_files_are_not_uploaded_and_count_towards_the_cache(
 
 @pytest.mark.parametrize("failure", ["500", "stall", "cut", "half"])
 def test_failing_store_gives_503_in_time_and_leaves_no_partial_bytes(
-    failure: Failure, machine: Machine, bucket: "Bucket", proxied: "Bucket", proxy: Proxy, tmp_path: Path
+    failure: Failure,
+    machine: Machine,
+    bucket: "Bucket",
+    proxied: "Bucket",
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 0.0)  # each operation tries
     publish(machine("a"), WANTED)
     b = machine("b", through=proxied)
     proxy.fail(failure)
@@ -433,6 +440,26 @@ def test_failing_store_gives_503_in_time_and_leaves_no_partial_bytes(
     assert other.weights.digest not in machine("c").digests()
     proxy.fail(failure, 1)
     assert_equal(b.load(DIGEST), ADAPTER.weights)
+
+
+def test_an_upload_waits_for_a_silent_store_once(
+    machine: Machine, proxied: "Bucket", proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the failure, to remove what was uploaded, doesn't ask a store that doesn't answer."""
+    monkeypatch.setattr("adapters.storage.bucket.OUTAGE_SECONDS", 600.0)
+    store, asked = machine("a", through=proxied), list[int]()
+
+    def publish_and_fail() -> None:
+        with store.publishing(ADAPTER, nobody):
+            proxy.fail("stall")
+            try:
+                proxied.put("record", b"")  # as the catalog does at a commit
+            finally:
+                asked.append(proxy.asked.total())
+
+    with pytest.raises(BytesUnavailable):
+        publish_and_fail()
+    assert [proxy.asked.total()] == asked
 
 
 @pytest.mark.parametrize("error", [Interrupted(), OperationalError("SELECT", {}, OSError("it went away"))])
