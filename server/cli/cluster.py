@@ -1,18 +1,21 @@
 """`smolora cluster`: engine replicas on Ray Serve, API processes and workers, on one or several machines."""
 
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli.common import Commands, say, with_flags
 from server.cli.home import HomeOption, place_of
 from server.cli.serve import serve_here
-from server.config import Settings
+from server.config import Settings, WorkerSettings, load
 from server.config.environment import forget_keys, set_up_ray
 from server.errors import StartupError
 from server.storage.home import make
 from server.telemetry import logs
+
+if TYPE_CHECKING:
+    from server.jobs.presence import PresentWorker
 
 group = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Engine replicas on Ray Serve, API processes and workers."
@@ -131,24 +134,50 @@ def api(
 
 @group.command()
 def status(home: HomeOption = None) -> None:
-    """Show replicas, API processes, workers, and the queue."""
+    """Show this machine's API processes, all machines' workers and replicas, the queue, and where logs are."""
     _need_ray()
     from server.cluster import node
-    from server.cluster.finder import join, replica_counts
+    from server.cluster.finder import join, machines, replica_counts
     from server.cluster.node import read_state
     from server.cluster.processes import is_ready, queue_of
 
-    state = read_state(place_of(home))
+    settings = load(WorkerSettings, home=home)
+    state = read_state(settings.home)
     is_up = node.is_alive(state.pid, state.mark)
     typer.echo(f"smolora cluster up: {'runs' if is_up else 'has ended'} (process {state.pid})")
+    typer.echo("logs of up, API processes and workers: standard error of up; with systemd: journalctl")
+    typer.echo(f"log of Ray: {settings.home / node.LOG_NAME}")
     for url in state.urls:
         typer.echo(f"API {url}: {'ready' if is_ready(url) else 'not ready'}")
-    typer.echo(f"workers: {state.num_workers}")
+    try:
+        lines = [worker.line() for worker in _workers(settings)]
+        typer.echo("\n".join(lines or ["workers: none"]))
+    except StartupError as error:
+        typer.echo(f"workers: {state.num_workers} were started here; which live, is unknown: {error}")
     for what, number in (queue_of(state.urls[0]) if state.urls else {}).items():
         typer.echo(f"sequences {what}: {number}")
     join(state.address)
+    for machine in machines():
+        typer.echo(machine.line())
+        for replica in machine.replicas:
+            typer.echo(f"  {replica.line()}")
     counts = ", ".join(f"{number} {what}" for what, number in replica_counts().items()) or "none"
     typer.echo(f"replicas: {counts}")
+
+
+def _workers(settings: WorkerSettings) -> "list[PresentWorker]":
+    """Return the workers of all machines. Raise StartupError if the database can't be opened or read."""
+    from server.database import as_startup_error, connect, existing
+    from server.jobs.presence import present_workers
+
+    if settings.database is None:
+        existing(settings.home)
+    with as_startup_error(settings.home):
+        engine = connect(settings.home, url=settings.database)
+        try:
+            return present_workers(engine, settings.home)
+        finally:
+            engine.dispose()
 
 
 @group.command()

@@ -9,13 +9,16 @@ import json
 import os
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import ray
 from ray import serve
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollNamespace
+from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentStatusOverview
 
 from server.cluster.messages import APP, DEPLOYMENT
@@ -23,8 +26,10 @@ from server.cluster.node import refuse_unreachable
 from server.config.environment import set_up_ray
 from server.errors import StartupError
 from server.jobs.pipe import end_with_parent
+from server.system.messages import plural
 
 NAMESPACE = "smolora"
+_HEAD = "node:__internal_head__"  # a resource that Ray gives to its head
 _LOOK_SECONDS = 2.0  # between two looks at this machine's Ray: a call doesn't notice its end
 
 Addresses = dict[str, str]
@@ -62,6 +67,66 @@ def replica_counts() -> dict[str, int]:
     deployment = _deployment()
     states = {} if deployment is None else deployment.replica_states
     return {str(state).lower(): number for state, number in states.items()}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine of the Ray cluster, and the replicas on it."""
+
+    address: str
+    host: str
+    is_head: bool
+    num_cpus: float
+    num_gpus: float
+    replicas: tuple["ReplicaPlace", ...]
+
+    def line(self) -> str:
+        """Return a line for a person."""
+        gpus = f", {plural(int(self.num_gpus), 'GPU')}" if self.num_gpus else ""
+        head = ", Ray's head" if self.is_head else ""
+        return f"machine {self.address} ({self.host}{head}): {self.num_cpus:g} cores for replicas{gpus}"
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """Where a replica runs. `log` is the path of its log on that machine, or "" if it has none yet."""
+
+    id: str
+    state: str
+    pid: int | None
+    log: str
+
+    def line(self) -> str:
+        """Return a line for a person."""
+        process = "" if self.pid is None else f", process {self.pid}"
+        return f"replica {self.id}: {self.state}{process}{f', log {self.log}' if self.log else ''}"
+
+
+def machines() -> list[Machine]:
+    """Return the machines of the Ray cluster, ordered by address. Those that have left aren't included."""
+    joined = ray._private.worker._global_node
+    assert joined is not None
+    logs = joined.get_logs_dir_path()  # the same on all machines
+    client = _get_global_client(raise_if_no_controller_running=False)
+    details = {} if client is None else client.get_serve_details()
+    app = details.get("applications", {}).get(APP) or {}
+    found = (app.get("deployments", {}).get(DEPLOYMENT) or {}).get("replicas", [])
+    places = defaultdict[str, list[ReplicaPlace]](list)
+    for replica in sorted(found, key=lambda replica: str(replica["replica_id"])):
+        log = f"{logs}/{str(replica['log_file_path']).lstrip('/')}" if replica.get("log_file_path") else ""
+        place = ReplicaPlace(
+            replica["replica_id"], ReplicaState(replica["state"]).value.lower(), replica.get("pid"), log
+        )
+        places[str(replica.get("node_id"))].append(place)
+    return [
+        Machine(
+            *(node["NodeManagerAddress"], node["NodeManagerHostname"], _HEAD in node["Resources"]),
+            *(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)),
+            tuple(places[node["NodeID"]]),
+        )
+        for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerAddress"]))
+        if node["Alive"]
+    ]
 
 
 def start_fault() -> str:

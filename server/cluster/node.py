@@ -27,6 +27,7 @@ from server.errors import StartupError
 
 FILE_NAME = "cluster.json"
 _LOCK_NAME = "cluster.lock"
+LOG_NAME = "ray.log"
 
 
 @dataclass(frozen=True)

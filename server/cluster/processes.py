@@ -48,7 +48,7 @@ def up(
     with alone(home) as former:
         _check(settings, num_apis, address, ray_port)
         signal.signal(signal.SIGTERM, _give_up)  # until everything has started
-        ray = RayPart(home / "ray.log", address, ray_port, num_cpus, say)
+        ray = RayPart(home / node.LOG_NAME, address, ray_port, num_cpus, say)
         ray.begin(former)
         processes = Processes({}, [])
         try:

@@ -2,7 +2,7 @@
 
 A thread of each worker renews the worker's row, without the writers' lock. A row that wasn't renewed for
 KEEP_SECONDS doesn't count, and other workers delete it. With a database file there are no rows: its workers are on
-one machine, and `server.jobs.supervisor.workers_of` lists them.
+one machine, where `server.jobs.supervisor.workers_of` lists them.
 """
 
 import logging
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -22,7 +23,7 @@ from adapters.errors import Unavailable
 from adapters.sql import PATIENCE, UtcDateTime, reader_of, transact
 from server.database import is_file, without_writers_lock
 from server.database.clock import database_time
-from server.jobs.supervisor import own_name
+from server.jobs.supervisor import own_name, started_at, workers_of
 from server.jobs.tables import Status, jobs
 
 BEAT_SECONDS = 5.0
@@ -47,39 +48,54 @@ log = logging.getLogger("smolora.worker")
 
 @dataclass(frozen=True)
 class PresentWorker:
-    """A worker that has renewed its row lately, and the ids of the jobs that it runs."""
+    """A worker that lives, and the ids of the jobs that it runs."""
 
     name: str
     host: str
     pid: int
     since: datetime
-    seen_seconds_ago: float
+    seen_seconds_ago: float  # since it renewed its row
     job_ids: tuple[str, ...]
 
+    def line(self) -> str:
+        """Return a line for a person."""
+        does = f"runs {', '.join(self.job_ids)}" if self.job_ids else "idle"
+        since = self.since.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"worker on {self.host}, process {self.pid}, since {since}: {does}"
 
-def present_workers(engine: sa.Engine) -> list[PresentWorker]:
-    """Return the workers of all machines, ordered by name. With a database file, the list is empty."""
-    age = database_time() - workers.c.seen_at
-    query = sa.select(workers, age.label("age")).where(age < KEEP_SECONDS).order_by(workers.c.name)
+
+def present_workers(engine: sa.Engine, home: Path) -> list[PresentWorker]:
+    """Return the workers of all machines, ordered by name. With a database file, return the workers of `home`."""
     running = sa.select(jobs.c.owner, jobs.c.id).where(
         jobs.c.status == Status.RUNNING, jobs.c.lease_until > database_time()
     )
+    job_ids = defaultdict[str, list[str]](list)
     with reader_of(engine).connect() as connection:
-        rows = connection.execute(query).all()
-        job_ids = defaultdict[str, list[str]](list)
         for owner, job_id in connection.execute(running.order_by(jobs.c.number)):
             job_ids[owner].append(job_id)
+        rows = [] if is_file(engine) else connection.execute(_present()).all()
+    if is_file(engine):
+        started = {name: started_at(home, name) for name in workers_of(home)}
+        parts = {name: name.split(":") for name in started}
+        return [
+            PresentWorker(name, parts[name][0], int(parts[name][1]), since, 0.0, tuple(job_ids[name]))
+            for name, since in started.items()
+        ]
     return [
         PresentWorker(row.name, row.host, row.pid, row.since, max(0.0, row.age), tuple(job_ids[row.name]))
         for row in rows
     ]
 
 
+def _present() -> "sa.Select[tuple[object, ...]]":
+    age = database_time() - workers.c.seen_at
+    return sa.select(*workers.c, age.label("age")).where(age < KEEP_SECONDS).order_by(workers.c.name)
+
+
 def present_names(engine: sa.Engine) -> set[str]:
-    """Return the names of the workers that `present_workers` returns."""
-    query = sa.select(workers.c.name).where(database_time() - workers.c.seen_at < KEEP_SECONDS)
+    """Return the names of the workers that have a row."""
     with reader_of(engine).connect() as connection:
-        return set(connection.execute(query).scalars())
+        return {row.name for row in connection.execute(_present())}
 
 
 @contextmanager

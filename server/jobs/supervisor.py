@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from server.config import WorkerSettings
@@ -66,6 +67,14 @@ def workers_of(home: Path) -> list[str]:
     except OSError:
         return []
     return [file.name for file in files if _is_held(file)]
+
+
+def started_at(home: Path, name: str) -> datetime:
+    """Return when a worker of `home` began to be listed, or now if it isn't listed any more."""
+    try:
+        return datetime.fromtimestamp((home / _FOLDER / name).stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return datetime.now(UTC)
 
 
 def _locked(path: Path) -> int:

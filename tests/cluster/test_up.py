@@ -1,7 +1,9 @@
 """`smolora cluster up`, `status` and `down`, as a user runs them on one machine."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,7 @@ def ended(*words: str, **flags: object) -> subprocess.CompletedProcess[str]:
 def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
     home, port = tmp_path / "home", free_port()
     flags = {"home": home, "port": port, "ray_port": free_port(), "cpus": 8, "model": long_base, **FLAGS, **CACHES}
+    flags["workers"] = 1
     with (tmp_path / "log").open("wb") as log:
         up = subprocess.Popen(command(("cluster", "up"), **flags), env=environment(), stdout=log, stderr=log)
     try:
@@ -52,6 +55,15 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
         shown = ended("status", home=home).stdout
         assert f"API {url}: ready" in shown
         assert "replicas: 1 running" in shown
+        assert str(home / "ray.log") in shown
+        assert ", Ray's head): 8 cores for replicas\n" in shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("  replica ")]
+        found = re.fullmatch(r"  replica \w+: running, process (\d+), log (/\S+)", line)
+        assert found is not None, line
+        assert kin(psutil.Process(read_state(home).ray_pid), TITLE) == {int(found[1])}
+        assert Path(found[2]).stat().st_mode & 0o077 == 0
+        worker = rf"^worker on {re.escape(socket.gethostname())}, process \d+, since .* UTC: idle$"
+        assert re.search(worker, shown, re.MULTILINE), shown
         done = ended("down", home=home)
         assert done.returncode == 0
         assert "all machines' engine replicas stop" in done.stderr

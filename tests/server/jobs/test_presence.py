@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -150,23 +150,23 @@ def on_postgresql(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @on_postgresql
-def test_a_worker_has_a_row_while_it_lives(shared: sa.Engine) -> None:
+def test_a_worker_has_a_row_while_it_lives(shared: sa.Engine, tmp_path: Path) -> None:
     with announced(shared, beat_seconds=0.05):
         until(lambda: present_names(shared) == {own_name()})
-        (worker,) = present_workers(shared)
+        (worker,) = present_workers(shared, tmp_path)
         assert (worker.name, worker.pid, worker.job_ids) == (own_name(), os.getpid(), ())
         assert worker.host == socket.gethostname()
         assert 0 <= worker.seen_seconds_ago < KEEP_SECONDS
         submit(Jobs(shared), "job-1")
         assert Leases(shared).claim(own_name()) is not None
-        assert [worker.job_ids for worker in present_workers(shared)] == [("job-1",)]
+        assert [worker.job_ids for worker in present_workers(shared, tmp_path)] == [("job-1",)]
     assert present_names(shared) == set()
     with shared.connect() as connection:
         assert connection.execute(sa.select(workers)).all() == []
 
 
 @on_postgresql
-def test_the_row_of_a_killed_worker_expires_and_is_deleted_by_another(shared: sa.Engine) -> None:
+def test_the_row_of_a_killed_worker_expires_and_is_deleted_by_another(shared: sa.Engine, tmp_path: Path) -> None:
     old = {"name": "gone:7", "host": "gone", "pid": 7, "since": datetime.now(UTC)}
     seen_at = database_time() - KEEP_SECONDS - 1
 
@@ -174,7 +174,7 @@ def test_the_row_of_a_killed_worker_expires_and_is_deleted_by_another(shared: sa
         connection.execute(sa.insert(workers).values(**old, seen_at=seen_at))
 
     transact(shared, insert)
-    assert present_workers(shared) == []
+    assert present_workers(shared, tmp_path) == []
 
     def rows() -> set[str]:
         with shared.connect() as connection:
@@ -204,8 +204,17 @@ def test_a_worker_stops_although_the_database_is_gone(own_postgres: Postgres, tm
     engine.dispose()
 
 
-def test_a_database_file_has_no_rows(tmp_path: Path) -> None:
+def test_workers_on_a_database_file_are_those_of_its_home(tmp_path: Path) -> None:
     engine = connect(tmp_path)
-    with announced(engine, beat_seconds=0.05):
-        assert present_workers(engine) == []
+    assert present_workers(engine, tmp_path) == []
+    before = datetime.now(UTC) - timedelta(seconds=2)  # coarse clocks of file systems
+    with present(tmp_path), announced(engine, beat_seconds=0.05):
+        submit(Jobs(engine), "job-1")
+        assert Leases(engine).claim(own_name()) is not None
+        (worker,) = present_workers(engine, tmp_path)
+        assert (worker.name, worker.pid, worker.job_ids) == (own_name(), os.getpid(), ("job-1",))
+        assert before <= worker.since <= datetime.now(UTC)
+        assert present_names(engine) == set()
+        assert worker.line().endswith(": runs job-1")
+    assert present_workers(engine, tmp_path) == []
     engine.dispose()
