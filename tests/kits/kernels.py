@@ -197,7 +197,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor, *, is_mean: bool = Fal
     Numbers below 1/256 of the largest one count like that. They are what is left when larger numbers cancel out.
     The numbers of a mean with rounded weights (`is_mean`) count like the largest one of their vector.
     """
-    assert found.isfinite().all()
+    assert found.isfinite().all(), "a result isn't finite"
     error, expected = (found.double() - expected.double()).abs(), expected.double().abs()
     if found.dtype is not torch.bfloat16:
         return float(error.max() / expected.max())
@@ -342,6 +342,7 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
         return out
 
     found, first = run(q, tables, SEQUENCES), 0
+    assert found.isfinite().all(), "a result isn't finite"
     for row, (start, new) in enumerate(SEQUENCES):
         for i in {0, new - 1}:
             own = first + i
@@ -395,7 +396,7 @@ def check_lists(launch: Launch, names: Names) -> None:
     found, expected = (torch.full((4100,), -1, dtype=torch.int32) for _ in range(2))
     launch(names["place_lists"], (2, len(lengths)), (packed, found))
     lists.place_lists_in_torch(packed, expected, len(lengths))
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected), "a list differs"
     assert int((found >= 0).sum()) == sum(lengths)
 
 
@@ -415,7 +416,7 @@ def check_tokens(launch: Launch, names: Names, config: ModelConfig) -> None:
     launch(names["gumbel_argmax"], (8,), (logits, words, found))
     expected = torch.empty(8, dtype=torch.int32)
     gumbel_argmax_in_torch(logits, words, expected, _noise(keys, config.vocab_size))
-    assert found.tolist() == expected.tolist()
+    assert found.tolist() == expected.tolist(), "another token was chosen"
     assert found.tolist()[3:7] == [70, 0, -1, -1]
 
 
