@@ -191,17 +191,22 @@ def _bits(tensor: torch.Tensor) -> ptx.Array:
     return (copied.view(torch.int16) if tensor.dtype is torch.bfloat16 else copied).numpy()
 
 
-def error_of(found: torch.Tensor, expected: torch.Tensor, *, is_mean: bool = False) -> float:
+def error_of(
+    found: torch.Tensor, expected: torch.Tensor, *, is_mean: bool = False, is_same_order: bool = False
+) -> float:
     """Return the largest error: in units in the last place for bf16, else relative to the largest number.
 
     Numbers below 1/256 of the largest one count like that. They are what is left when larger numbers cancel out.
-    The numbers of a mean with rounded weights (`is_mean`) count like the largest one of their vector.
+    The numbers of a mean with rounded weights (`is_mean`) count like the largest one of their vector. If both sums
+    have the same order and rounding (`is_same_order`), every number counts by itself.
     """
     assert found.isfinite().all(), "a result isn't finite"
     error, expected = (found.double() - expected.double()).abs(), expected.double().abs()
     if found.dtype is not torch.bfloat16:
         return float(error.max() / expected.max())
     least = expected.amax(-1, keepdim=True) if is_mean else expected.max() / 256
+    if is_same_order:
+        least = torch.full_like(least, torch.finfo(torch.bfloat16).tiny)
     _, exponent = torch.frexp(torch.maximum(expected, least))
     return float((error / torch.ldexp(torch.ones_like(error), exponent - 8)).max())
 
@@ -305,6 +310,49 @@ SEQUENCES = ((0, 13), (300, 1), (37, 1), (255, 7), (511, 1), (512, 1), (250, 12)
 """The first new position of each sequence, and how many new tokens it has."""
 
 
+def attention_by_blocks(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables: torch.Tensor,
+    works: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """Compute attention in fp32 in the kernels' order: running maxima over blocks of 32, and splits of 256.
+
+    The weights of a block are rounded to the values' dtype, as tensor cores need. `scale` includes log2(e).
+    """
+    group, low = q.shape[1] // k_cache.shape[2], float("-inf")
+    for row, tokens, position, table in works[works[:, 4] == 0, :4].tolist():
+        pages = tables[table : table - (-(position + tokens) // k_cache.shape[1])].long()
+        keys, values = (
+            cache[pages].flatten(0, 1)[: position + tokens].float().repeat_interleave(group, 1)
+            for cache in (k_cache, v_cache)
+        )
+        queries = q[row : row + tokens].float()
+        last = (position + torch.arange(tokens))[:, None, None]
+        parts, lses = [], []  # of each split: (tokens, heads, dim) and (tokens, heads)
+        for split in range(0, position + tokens, 256):
+            top, total = (torch.full(q[:tokens, :, 0].shape, number) for number in (low, 0.0))
+            acc = torch.zeros_like(queries)
+            for start in range(split, min(split + 256, position + tokens), 32):
+                seen = slice(start, min(start + 32, position + tokens))
+                scores = torch.einsum("thd,phd->thp", queries, keys[seen]) * scale
+                scores = scores.masked_fill(torch.arange(seen.start, seen.stop) > last, low)
+                new_top = torch.maximum(top, scores.amax(-1))
+                finite = new_top.masked_fill(new_top == low, 0.0)
+                e = torch.exp2(scores - finite[..., None])
+                shrink = torch.exp2(top - finite)
+                total = total * shrink + e.sum(-1)
+                added = torch.einsum("thp,phd->thd", e.to(v_cache.dtype).float(), values[seen])
+                acc, top = acc * shrink[..., None] + added, new_top
+            parts.append(torch.where(total > 0, 1 / total, 0.0)[..., None] * acc)
+            lses.append(torch.where(total > 0, top + total.log2(), low))
+        weights = torch.exp2(torch.stack(lses) - torch.stack(lses).amax(0))[..., None]
+        out[row : row + tokens] = ((weights * torch.stack(parts)).sum(0) / weights.sum(0)).to(out.dtype)
+
+
 def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: torch.dtype) -> float:
     """Check decodes and prefills over cached prefixes, and tokens' bits alone. What nobody wrote is NaN."""
     split, combine = names["attention_split"], names["attention_combine"]
@@ -323,7 +371,7 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
     far = 140 * dim**-0.5  # makes a score some 200 above all later ones, where exp2 overflows at 128
     if dtype is torch.bfloat16:  # large scores are known less exactly than fp32's bound on the error
         caches[0][tables[1, 0], 3] = far * q[SEQUENCES[0][1], heads_of]
-    expected = torch.full_like(q, math.nan)
+    by_softmax, by_blocks = torch.full_like(q, math.nan), torch.full_like(q, math.nan)
 
     def run(q: torch.Tensor, tables: torch.Tensor, sequences: Sequence[tuple[int, int]]) -> torch.Tensor:
         starts, stops = [a for a, _ in sequences], [a + n for a, n in sequences]
@@ -338,7 +386,9 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
         launch(split, (5, kv_heads), (q, *caches, tables.flatten(), works, num_works, part_out, part_lse))
         launch(combine, (len(q), heads), (part_out, part_lse, parts, out))
         if len(sequences) == len(SEQUENCES):
-            attention_in_torch(q, caches[0], caches[1], tables.flatten(), works, expected, dim**-0.5)
+            given = (q, caches[0], caches[1], tables.flatten(), works)
+            attention_in_torch(*given, by_softmax, dim**-0.5)
+            attention_by_blocks(*given, by_blocks, dim**-0.5 / math.log(2))
         return out
 
     found, first = run(q, tables, SEQUENCES), 0
@@ -349,7 +399,7 @@ def check_attention(launch: Launch, names: Names, config: ModelConfig, dtype: to
             alone = run(q[own : own + 1], tables[row : row + 1], [(start + i, 1)])
             assert torch.equal(alone[0], found[own]), "a token's bits depend on the batch"
         first += new
-    return error_of(found, expected, is_mean=True)
+    return max(error_of(found, by_softmax, is_mean=True), error_of(found, by_blocks, is_same_order=True))
 
 
 def check_rows(launch: Launch, names: Names, config: ModelConfig, dtype: torch.dtype) -> float:

@@ -120,6 +120,12 @@ FAULTS = {
     ),
     "a wrong running maximum": Planted(attention, "top = new_top", "top = tl.max(scores, 1)", OFF),
     "a part that isn't rescaled": Planted(attention, "acc * shrink[:, None], input", "acc, input", OFF),
+    "weights that are cut off instead of rounded": Planted(
+        attention,
+        "e.to(values.dtype)",
+        "(e.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(values.dtype)",
+        OFF,
+    ),
     "parts that are joined without weights": Planted(attention, "acc += weight * tl.load", "acc += tl.load", OFF),
     "another epsilon": Planted(rows, "/ D + EPS", "/ D + 0.1", OFF),
     "sines of the wrong sign": Planted(rows, "sin + position * DIM + half + d", "sin + position * DIM + d", OFF),
