@@ -355,3 +355,47 @@ def test_an_adapter_of_decisions_decides(server: ServerProcess, browser: Browser
         threshold.select_option("0.8")
         expect(group.locator(".badge")).to_have_text("unsure")
         expect(page.get_by_role("region", name="Decisions: team", exact=True)).to_be_visible()
+
+
+def test_answers_to_held_out_prompts_by_step(server: ServerProcess, browser: Browser, job: str) -> None:
+    """The newest is shown with the wanted answer and the base's; earlier ones are opened to compare."""
+
+    def samples(*tuned: str | None) -> list[dict[str, object]]:
+        prompts = ("The code 404 means", "word " * 100)
+        of_base = (" that <b>nothing</b> works", None)
+        return [
+            {"prompt": prompt, "wanted": " Not Found", "base": base, "tuned": text}
+            for prompt, base, text in zip(prompts, of_base, tuned, strict=True)
+        ]
+
+    steps: list[dict[str, object]] = [{"step": step, "train_loss": 6 / step} for step in range(1, 13)]
+    steps[3]["samples"] = samples(" Found", None)
+    steps[7]["samples"] = samples("", " Gone")
+    steps[11]["samples"] = samples(" Not Found\n", " Not")
+    with page_of(browser, server.url, PHONE) as page:
+        pretend(page, server, job, overfitted(3), steps, adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        shown = page.get_by_role("region", name="Answers while training")
+        first, second = (shown.get_by_role("article", name=f"Prompt {place}") for place in (1, 2))
+        expect(first).to_contain_text("The code 404 means")
+        newest = first.locator("dl").first
+        expect(newest.locator("dt")).to_have_text(["Wanted", "Step 12", "Base"])
+        expect(newest.locator("dd")).to_have_text(["Not Found", "right Not Found", "that <b>nothing</b> works"])
+        expect(second.locator("dl").first.locator("dd")).to_have_text(["Not Found", "Not", "\N{EN DASH}"])
+        for place in (first, second):
+            place.get_by_text("2 earlier answers").click()
+        earlier = first.locator("details dl")
+        expect(earlier.locator("dt")).to_have_text(["Step 8", "Step 4"])
+        expect(earlier.locator("dd")).to_have_text(["(nothing)", "Found"])
+        expect(second.locator("details dl dd")).to_have_text(["Gone", "\N{EN DASH}"])
+        long = second.locator("p.text")
+        expect(long).to_be_hidden()
+        second.get_by_text("word word").first.click()
+        expect(long).to_be_visible()
+        assert violations(page) == []
+        assert not is_wider_than_the_screen(page)
+    with page_of(browser, server.url) as page:
+        pretend(page, server, job, overfitted(3), adapter=None)
+        page.goto(f"{server.url}/#/train/{job}")
+        expect(page.get_by_role("article", name="Job waits")).to_contain_text("Loss by step")
+        expect(page.get_by_role("region", name="Answers while training")).to_have_count(0)

@@ -9,6 +9,7 @@ import { go, to } from "../lib/route.js";
 import { Bar, Careful, Fault, Warnings } from "../parts/basics.js";
 import { Card } from "../parts/card.js";
 import { LossChart } from "../parts/loss.js";
+import { Samples } from "../parts/samples.js";
 import { Settings } from "../parts/settings.js";
 import { Status } from "../parts/status.js";
 import { TryIt } from "../parts/try_it.js";
@@ -191,6 +192,7 @@ export function JobDetail({ id, onChange }) {
     <${Fault} problem=${report.problem} />
     ${report.data ? html`<${Card} report=${report.data} points=${points} />` : null}
     <${LossChart} points=${points} kept=${report.data?.kept_step ?? null} base=${metrics["base_eval_loss"] ?? null} />
+    <${Samples} events=${found} />
     ${adapter ? html`<h3>What it changed</h3> <${TryIt} job=${job.data} />` : null}
     <details>
       <summary>${plural(found.length, "event")}</summary>
