@@ -1,8 +1,8 @@
 """Measure adapters with the serving engine: completions, exact match, and the scores of decisions' options.
 
 On a CPU these are the answers that users will get; on a GPU torch computes them. Training jobs and evaluations use
-the same functions. `exact_match`, `decision_scores` and `answers` are passed to `server.training.run.Run`, so
-that `server.training` doesn't import the engine.
+the same functions. `complete` and `decision_scores` are passed to `server.training.run.Run`, so that
+`server.training` doesn't import the engine.
 """
 
 import ctypes
@@ -51,54 +51,44 @@ def _go_on() -> None:
     pass
 
 
-def exact_match(
+def complete(
     base: BaseModel,
     weights: LoraWeights | None,
+    samples: Sequence[Sample],
     references: Sequence[Reference],
     yield_or_leave: Callable[[], None] = _go_on,
     *,
     library: ctypes.CDLL | None = None,
-) -> list[bool] | None:
-    """Return for each reference whether the greedy completion of its prompt equals its text.
+) -> tuple[list[str | None], list[bool] | None]:
+    """Return the greedy answer to each sample, and for each reference whether its completion equals its text.
 
-    Whitespace at both ends is ignored. Completions end as in `completions`, or as soon as they can't become equal
-    to the text any more. A prompt without a completion counts as not equal. Return None if there are no
-    references, or if the adapter needs more than `MAX_ADAPTER_BYTES`.
+    One engine computes both, since its start takes longer than a few answers.
+
+    Answers have at most `MAX_SAMPLE_TOKENS` tokens, and end as in `completions`. References are compared without
+    whitespace at both ends. Their completions end as soon as they can't become equal to the text any more, too. A
+    prompt without a completion counts as not equal. Instead of the comparisons, return None if there are no
+    references, or if the adapter needs more than `MAX_ADAPTER_BYTES`. In the second case, and if the model's
+    numbers overflow in an answer, all answers are None: samples fail no job.
     """
+    unanswered: list[str | None] = [None] * len(samples)
     if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
         log.warning("exact match isn't measured: an adapter of rank %s needs too much memory", weights.max_rank)
-        return None
-    if not references:
-        return None
-    adapters = () if weights is None else ((weights, 1.0),)
-    found = completions(base, adapters, references, yield_or_leave, library, gives_up=True)
-    return [is_exact(text, reference) for text, reference in zip(found, references, strict=True)]
-
-
-def answers(
-    base: BaseModel,
-    weights: LoraWeights | None,
-    samples: Sequence[Sample],
-    yield_or_leave: Callable[[], None] = _go_on,
-    *,
-    library: ctypes.CDLL | None = None,
-) -> list[str | None]:
-    """Return the greedy answer to each sample, of at most `MAX_SAMPLE_TOKENS` tokens.
-
-    Answers end as in `completions`. All are None if the adapter needs more than `MAX_ADAPTER_BYTES`, or if the
-    model's numbers overflow: the job doesn't fail.
-    """
-    if weights is not None and adapter_bytes(base, weights) > MAX_ADAPTER_BYTES:
-        return [None] * len(samples)
+        return unanswered, None
     most = MAX_SAMPLE_TOKENS - MORE_TOKENS
     asked = [replace(one.reference, num_tokens=min(one.reference.num_tokens, most)) for one in samples]
     adapters = () if weights is None else ((weights, 1.0),)
     try:
-        found = completions(base, adapters, asked, yield_or_leave, library)
+        found = completions(
+            base, adapters, [*asked, *references], yield_or_leave, library, gives_up_from=len(asked)
+        )
     except (GenerationFailed, InvalidInput) as error:
+        if not samples:
+            raise
         log.warning("samples aren't answered: %s", error)
-        return [None] * len(samples)
-    return [None if text is None else without_nul(text) for text in found]
+        return unanswered, complete(base, weights, (), references, yield_or_leave, library=library)[1]
+    answers = [None if text is None else without_nul(text) for text in found[: len(asked)]]
+    compared = zip(found[len(asked) :], references, strict=True)
+    return answers, [is_exact(text, reference) for text, reference in compared] if references else None
 
 
 def is_exact(completion: str | None, reference: Reference) -> bool:
@@ -113,16 +103,16 @@ def completions(
     yield_or_leave: Callable[[], None] = _go_on,
     library: ctypes.CDLL | None = None,
     *,
-    gives_up: bool = False,
+    gives_up_from: int | None = None,
     more_tokens: Sequence[int] | None = None,
 ) -> list[str | None]:
     """Return the greedy completion of each reference's prompt under the weighted sum of the adapters.
 
     A completion ends at an end token, or when it is longer than the reference's text by as many tokens as
-    `more_tokens` has for the reference (default: `MORE_TOKENS`). If `gives_up`, it also ends as soon as it can't
-    become equal to that text any more. It is None if the prompt is empty or leaves no room for a completion in the
-    base's context. `yield_or_leave` is called before each step of the engine. If `library` is given, native code
-    computes the steps.
+    `more_tokens` has for the reference (default: `MORE_TOKENS`). Those of `references[gives_up_from:]` also end as
+    soon as they can't become equal to that text any more. A completion is None if the prompt is empty or leaves no
+    room for a completion in the base's context. `yield_or_leave` is called before each step of the engine. If
+    `library` is given, native code computes the steps.
     """
     limit = base.config.max_position_embeddings
     requests: list[GenerationRequest] = []
@@ -142,6 +132,7 @@ def completions(
                 number = int(output.request_id)
                 texts[number] += output.text
                 has_ended = output.finish_reason is not None
+                gives_up = gives_up_from is not None and number >= gives_up_from
                 if gives_up and not has_ended and not _may_become(texts[number], references[number].text.strip()):
                     engine.abort(output.request_id)
         finally:

@@ -29,7 +29,7 @@ from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, STOP_STEP, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
 from server.jobs.reporter import Leave
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.export import export_hugging_face
 from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
@@ -114,9 +114,8 @@ class TrainingAttempt:
             self._base,
             self._checkpoints,
             self._reporter,
-            partial(exact_match, library=self._native),
+            partial(complete, library=self._native),
             partial(decision_scores, library=self._native),
-            partial(answers, library=self._native),
             start=None if parent is None else parent.weights,
             stop_step=cast("int | None", self._job.data.get(STOP_STEP)),
             library=self._native,

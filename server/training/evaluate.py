@@ -61,10 +61,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Measurements of one set of weights on a job's held-out rows, and its exact matches on training rows."""
+    """Measurements of one set of weights on a job's held-out rows, and its exact matches on training rows.
+
+    `answers` are those to the job's samples, if they were asked; None: it can't be given.
+    """
 
     held_out: Evaluation | None = None
     recalled: tuple[bool, ...] | None = None  # one for each of `JobData.trained_references`
+    answers: tuple[str | None, ...] = ()
 
 
 def _go_on() -> None:

@@ -32,17 +32,16 @@ log = logging.getLogger("smolora.training")
 
 CHECKPOINT_SECONDS = 30.0
 """Seconds between checkpoints, if the job doesn't set `checkpoint_steps`."""
-MAX_SAMPLED = 8
+MAX_SAMPLED = 4
 """The most evaluations during training at which samples are answered, apart from that of the last step."""
 
-ExactMatch = Callable[
-    [BaseModel, LoraWeights | None, Sequence[Reference], Callable[[], None]], Sequence[bool] | None
+Complete = Callable[
+    [BaseModel, LoraWeights | None, Sequence[Sample], Sequence[Reference], Callable[[], None]],
+    tuple[Sequence[str | None], Sequence[bool] | None],
 ]
-"""Returns which references the base with the weights completes exactly, or None if that can't be measured. The
-last argument is called before each step of the engine."""
-Answers = Callable[[BaseModel, LoraWeights | None, Sequence[Sample], Callable[[], None]], Sequence[str | None]]
-"""Returns the answer of the base with the weights to each sample, or None for one that can't be answered. The last
-argument is as above."""
+"""Returns the answer of the base with the weights to each sample, or None if it can't be given, and which
+references it completes exactly, or None if that can't be measured. The last argument is called before each step of
+the engine."""
 DecisionScores = Callable[
     [BaseModel, LoraWeights | None, JobData, Callable[[], None]], Sequence[tuple[float, ...]] | None
 ]
@@ -107,7 +106,6 @@ class Counters:
     stopped_early: bool = False
     computed_by: list[str] = field(default_factory=list)  # as in `report.Environment`; one per change
     base: Scores | None = None  # of the untouched base
-    base_answers: list[str | None] = field(default_factory=list)  # of the untouched base to the job's samples
     unreported: StepResult | None = None  # the last step, until it is evaluated (if due) and reported
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -181,9 +179,8 @@ class Run:
         base: BaseModel,
         checkpoints: Checkpoints,
         reporter: Reporter,
-        exact_match: ExactMatch,
+        complete: Complete,
         decision_scores: DecisionScores,
-        answers: Answers,
         *,
         start: LoraWeights | None = None,
         stop_step: int | None = None,
@@ -195,9 +192,8 @@ class Run:
         self._base = base
         self._checkpoints = checkpoints
         self._reporter = reporter
-        self._exact_match = exact_match
+        self._complete = complete
         self._decision_scores = decision_scores
-        self._answers = answers
         self._peak_memory = peak_memory
         self._library = library
         self._stop_step = stop_step
@@ -214,14 +210,12 @@ class Run:
         self._go_on_from_checkpoint()
         self._note_who_computes()
         if not self._has_base():
-            self._counters.base = base = self.measure(LoraWeights({}))
+            self._counters.base = base = self.measure(LoraWeights({}), self._data.samples)
             if base.held_out is not None and not base.held_out.is_finite:
                 raise LossNotFinite(
                     "the untouched base's loss on the held-out rows is not a number: its weights are damaged, or "
                     "too large for its dtype; set SMOLORA_DTYPE=fp32 or another SMOLORA_MODEL, and submit again"
                 )
-        if not self._counters.base_answers:
-            self._counters.base_answers = self._answered(None)
         try:
             self._report_step()
             while self._trainer.step < self._last_step and not self._counters.stopped_early:
@@ -231,12 +225,15 @@ class Run:
             raise
         return self._finish()
 
-    def measure(self, weights: LoraWeights) -> Scores:
-        """Measure an adapter on the job's rows, in the same way as trained weights. Empty ones mean the base."""
+    def measure(self, weights: LoraWeights, samples: Sequence[Sample] = ()) -> Scores:
+        """Measure an adapter on the job's rows, in the same way as trained weights. Empty ones mean the base.
+
+        The adapter also answers `samples`.
+        """
         passes = trainable_rows(
             self._base, weights, None, max_length=self._longest, dropout=0.0, library=self._library
         ).passes
-        return self._measure(passes, weights if weights.modules else None)
+        return self._measure(passes, weights if weights.modules else None, samples=samples)
 
     def checkpoint(self) -> None:
         """Store a checkpoint of the state after the last optimizer step."""
@@ -295,8 +292,10 @@ class Run:
 
     def _has_base(self) -> bool:
         """Return whether the base was measured. Older releases' checkpoints lack some of its measurements."""
-        base = self._counters.base
-        return base is not None and (base.held_out is not None or self._data.validation is None)
+        base, data = self._counters.base, self._data
+        if base is None or len(base.answers) != len(data.samples):
+            return False
+        return base.held_out is not None or data.validation is None
 
     def _go_on_from_checkpoint(self) -> None:
         with self._reporter.transferring(self._max_checkpoint_bytes):
@@ -349,8 +348,8 @@ class Run:
             if found.exact_match is not None:
                 data["eval_exact_match"] = found.exact_match
                 message += f", {found.exact_match:.2%} exactly right"
-            if self._is_sampled(result.step) and (samples := self._samples()):
-                data["samples"] = samples
+            if self._is_sampled(result.step) and self._data.samples:
+                data["samples"] = self._documents(self._answers())
         self._reporter.metrics(message, data)
         if found is not None:
             metric = self._spec.publish_metric
@@ -389,22 +388,20 @@ class Run:
         stride = max(1, -(-(total // every) // MAX_SAMPLED))  # in evaluations
         return step == total or (step % every == 0 and step // every % stride == 0)
 
-    def _samples(self) -> list[Mapping[str, object]]:
-        """Return the job's samples as JSON, each with the base's answer and that of the current weights."""
-        samples, base = self._data.samples, self._counters.base_answers
+    def _answers(self) -> Sequence[str | None]:
+        """Return the current weights' answers to the job's samples."""
         weights, tuned_base = self._weights()
-        tuned = self._answered(weights, tuned_base)
+        base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
+        return self._complete(base, weights, self._data.samples, (), yield_or_leave)[0]
+
+    def _documents(self, tuned: Sequence[str | None]) -> list[Mapping[str, object]]:
+        """Return the job's samples as JSON, each with the base's answer and that of `tuned`."""
+        assert self._counters.base is not None, "measured before the first step"
+        answered = zip(self._data.samples, self._counters.base.answers, tuned, strict=True)
         return [
             {"prompt": one.prompt, "wanted": one.reference.text, "base": of_base, "tuned": of_tuned}
-            for one, of_base, of_tuned in zip(samples, base, tuned, strict=True)
+            for one, of_base, of_tuned in answered
         ]
-
-    def _answered(self, weights: LoraWeights | None, tuned_base: BaseModel | None = None) -> list[str | None]:
-        """Return the answers to the job's samples."""
-        if not self._data.samples:
-            return []
-        base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
-        return list(self._answers(base, weights, self._data.samples, yield_or_leave))
 
     def _held_out(self) -> Evaluation:
         """Evaluate the current weights on the held-out rows.
@@ -418,7 +415,8 @@ class Run:
         weights, tuned_base = self._weights()
         if self._spec.publish_metric in DECISION_METRICS:
             return self._with_decisions(found, tuned_base, weights)
-        matches = self._matches(tuned_base, weights, self._data.references)
+        base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
+        _, matches = self._complete(base, weights, (), self._data.references, yield_or_leave)
         return replace(found, matches=None if matches is None else tuple(matches))
 
     def _is_checkpoint_due(self) -> bool:
@@ -439,12 +437,12 @@ class Run:
         is_finite = bool(trainable.masters.isfinite().all())
         tuned = Scores()
         if is_finite or self._data.validation is not None:
-            tuned = self._measure(trainable.passes, weights, tuned_base)
+            samples = () if self._is_sampled(step) else self._data.samples
+            tuned = self._measure(trainable.passes, weights, tuned_base, samples)
         if tuned.held_out is not None:
             self._check_finite(tuned.held_out)
         if not is_finite:  # without held-out rows, no loss has revealed it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
-        samples = () if self._is_sampled(step) else self._samples()
         self._note_time()
         counters = self._counters
         assert counters.base is not None, "measured before the first step"
@@ -458,7 +456,7 @@ class Run:
             tuned=tuned,
             counters=counters,
             epochs=self._trainer.epoch,
-            samples=samples,
+            samples=self._documents(tuned.answers) if tuned.answers else (),
         )
 
     def _weights(self) -> tuple[LoraWeights | None, BaseModel | None]:
@@ -467,26 +465,27 @@ class Run:
             return self._trainable.rows.weights(), None
         return None, self._trainable.tuned(self._base)
 
-    def _measure(self, passes: Pass, weights: LoraWeights | None, tuned_base: BaseModel | None = None) -> Scores:
-        """Measure loss, accuracy and, if the loss is finite, decisions and exact matches."""
+    def _measure(
+        self,
+        passes: Pass,
+        weights: LoraWeights | None,
+        tuned_base: BaseModel | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> Scores:
+        """Measure loss, accuracy and, if the loss is finite, decisions and exact matches. Answer `samples`."""
         found = None if self._data.validation is None else self._evaluate(passes)
         if found is not None and not found.is_finite:
             return Scores(found)
         if found is not None:
             found = self._with_decisions(found, tuned_base, weights)
         held_out, trained = self._data.references, self._data.trained_references
-        matches = self._matches(tuned_base, weights, [*held_out, *trained])
+        base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
+        answers, matches = self._complete(base, weights, samples, [*held_out, *trained], yield_or_leave)
         if matches is None:
-            return Scores(found)
+            return Scores(found, answers=tuple(answers))
         if found is not None and held_out:
             found = replace(found, matches=tuple(matches[: len(held_out)]))
-        return Scores(found, tuple(matches[len(held_out) :]) if trained else None)
-
-    def _matches(
-        self, tuned_base: BaseModel | None, weights: LoraWeights | None, references: Sequence[Reference]
-    ) -> Sequence[bool] | None:
-        base = tuned_base or self._base
-        return self._exact_match(base, weights, references, self._reporter.yield_or_leave)
+        return Scores(found, tuple(matches[len(held_out) :]) if trained else None, tuple(answers))
 
     def _with_decisions(
         self, found: Evaluation, tuned_base: BaseModel | None, weights: LoraWeights | None

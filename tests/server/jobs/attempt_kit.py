@@ -4,8 +4,9 @@ What a process does is the same, but for the pipe to its worker: `TrainingAttemp
 catalog and the store are real.
 """
 
+import ctypes
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import sqlalchemy as sa
 
 from adapters.catalog.catalog import Catalog, Version
+from adapters.lora import LoraWeights
 from adapters.peft.files import PeftAdapter
 from adapters.store.store import AdapterStore
 from server.jobs.files import JobFiles
@@ -23,12 +25,13 @@ from server.jobs.jobs import Job, Jobs
 from server.jobs.leases import Claim, Leases
 from server.jobs.reporter import Leave
 from server.jobs.room import require_room
+from server.jobs.scoring import complete
 from server.jobs.train_job import TrainingAttempt
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
 from server.storage.home import Home
 from server.storage.places import Storage
-from server.training.encoding import RowEncoder
+from server.training.encoding import Reference, RowEncoder
 from server.training.job_data import DataFacts, JobData
 from server.training.rows import CompletionRow
 from server.training.spec import JobSpec
@@ -124,6 +127,17 @@ def job_data(base: BaseModel, num_rows: int = 8, num_held_out: int = 3, num_refe
     references = encoder.references(held_out)[:num_references]
     trained = encoder.trained_references(rows, examples.num_tokens, 48) if num_references else []
     return JobData(examples, validation, references, facts, base.digest, trained)
+
+
+def exact_match(
+    base: BaseModel,
+    weights: LoraWeights | None,
+    references: Sequence[Reference],
+    yield_or_leave: Callable[[], None] = lambda: None,
+    library: ctypes.CDLL | None = None,
+) -> list[bool] | None:
+    """Return `complete`'s comparisons, without samples."""
+    return complete(base, weights, (), references, yield_or_leave, library=library)[1]
 
 
 def with_learnable_end(base: BaseModel) -> BaseModel:

@@ -22,12 +22,12 @@ from server.jobs.evaluate_spec import METRICS, EvaluateSpec
 from server.jobs.evaluation import MIN_BOOTSTRAP_ROWS, Answers, Measured, judge
 from server.jobs.evaluation_data import EvaluationData
 from server.jobs.jobs import Status
-from server.jobs.scoring import completions, exact_match
+from server.jobs.scoring import completions
 from server.jobs.specs import read_spec
 from server.model.base.weights import BaseModel
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from tests.kits.oracles.hugging_face import load_reference, logits, merged
-from tests.server.jobs.attempt_kit import Interruption, Shop, job_data, rows_of_codes
+from tests.server.jobs.attempt_kit import Interruption, Shop, exact_match, job_data, rows_of_codes
 from tests.server.jobs.evaluate_kit import (
     COMPLETIONS,
     DECISIONS,

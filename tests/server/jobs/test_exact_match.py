@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from adapters.lora import LoraModule, LoraWeights
-from server.jobs.scoring import MORE_TOKENS, _may_become, exact_match
+from server.jobs.scoring import MORE_TOKENS, _may_become
 from server.model.base.weights import BaseModel, load_base
 from server.model.smollm import NoAdapters
 from server.model.text.chat import ChatMessage, PromptEncoder
@@ -20,6 +20,7 @@ from server.training.rows import CompletionRow, MessagesRow, Row, TextRow
 from tests.kits.engines import random_adapter
 from tests.kits.native import native_library
 from tests.kits.oracles.hugging_face import generate, linear, load_reference, merged
+from tests.server.jobs.attempt_kit import exact_match
 from tests.server.training.data.rows_kit import measured, model_of, pass_of, rows_of
 
 PROMPTS = ("404", "The server", "Not", "OK")

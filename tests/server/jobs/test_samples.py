@@ -1,16 +1,19 @@
 """Answers to held-out prompts while a job trains: at which steps, which answers, and how long they are kept."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from adapters.errors import InvalidInput
 from adapters.lora import LoraWeights
+from server.errors import GenerationFailed
 from server.jobs.files import Retention
 from server.jobs.jobs import Status
 from server.jobs.leases import Claim
 from server.jobs.reporter import Leave
-from server.jobs.scoring import MAX_SAMPLE_TOKENS, MORE_TOKENS, answers
+from server.jobs.scoring import MAX_SAMPLE_TOKENS, MORE_TOKENS, complete
 from server.model.base.weights import BaseModel
 from server.training.encoding import Sample
 from server.training.job_data import DATA_NAME, JobData
@@ -29,6 +32,13 @@ SPEC = JobSpec("codes", lora=LoraSpec(rank=2), training=TRAINING)
 def data(tiny_base: BaseModel) -> JobData:
     encoder, held_out = rows_of_codes(tiny_base, 8, 5)
     return replace(job_data(tiny_base, num_held_out=5), samples=encoder.samples(held_out, 48))
+
+
+def answers(base: BaseModel, weights: LoraWeights | None, samples: Sequence[Sample]) -> list[str | None]:
+    """Return the answers to samples alone."""
+    found, matches = complete(base, weights, samples, ())
+    assert matches is None
+    return found
 
 
 def sampled(shop: Shop, job_id: str = "job") -> list[tuple[object, object]]:
@@ -115,7 +125,7 @@ def test_a_job_that_was_stopped_shows_the_answers_of_its_last_step(shop: Shop, d
     assert [step for step, _ in sampled(shop)] == [2, 3]
 
 
-@pytest.mark.parametrize(("num_steps", "expected"), [(20, [3, 6, 9, 12, 15, 18, 20]), (3, [1, 2, 3])])
+@pytest.mark.parametrize(("num_steps", "expected"), [(21, [6, 12, 18, 21]), (3, [1, 2, 3])])
 def test_many_evaluations_share_few_samples(
     shop: Shop, data: JobData, num_steps: int, expected: list[int]
 ) -> None:
@@ -182,5 +192,7 @@ def test_answers_are_short_and_no_fault_of_theirs_fails_a_job(
     weights = random_adapter(tiny_base.config.shape, 1)
     overflowing = LoraWeights({key: replace(module, scaling=1e38) for key, module in weights.modules.items()})
     assert answers(tiny_base, overflowing, data.samples) == [None] * 3
+    with pytest.raises((GenerationFailed, InvalidInput)):
+        complete(tiny_base, overflowing, data.samples, data.references)
     monkeypatch.setattr("server.jobs.scoring.MAX_ADAPTER_BYTES", 1)
     assert answers(tiny_base, weights, data.samples) == [None] * 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.weights import BaseModel
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints
@@ -79,7 +79,7 @@ def data_of(base: BaseModel) -> JobData:
 def run(base: BaseModel, spec: JobSpec, directory: Path, left: int | None = None) -> Outcome:
     """Run an attempt, resuming what an earlier one left in the directory. Raise Left if it is ended early."""
     checkpoints = Checkpoints(directory, 1 if left is None else 2)
-    return Run(spec, data_of(base), base, checkpoints, Listener(left), exact_match, decision_scores, answers).run()
+    return Run(spec, data_of(base), base, checkpoints, Listener(left), complete, decision_scores).run()
 
 
 def tensors(outcome: Outcome) -> list[torch.Tensor]:

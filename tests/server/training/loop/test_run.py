@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.weights import BaseModel, digest_of
 from server.model.text.chat import PromptEncoder
 from server.training.checkpoint import Checkpoints
@@ -86,7 +86,7 @@ def run(
 ) -> tuple[Outcome, Listener]:
     listener = Listener(end)
     return Run(
-        spec, data, base, Checkpoints(directory, token), listener, exact_match, decision_scores, answers
+        spec, data, base, Checkpoints(directory, token), listener, complete, decision_scores
     ).run(), listener
 
 

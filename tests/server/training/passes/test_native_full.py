@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.library import computed_by
 from server.model.native.training import NativeTraining
@@ -113,7 +113,7 @@ def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
     def run(directory: str, token: int, end: int | None = None) -> tuple[Outcome, Listener]:
         checkpoints, listener = Checkpoints(tmp_path / directory, token), Listener(end)
         return Run(
-            spec, data, grouped, checkpoints, listener, exact_match, decision_scores, answers, library=library
+            spec, data, grouped, checkpoints, listener, complete, decision_scores, library=library
         ).run(), listener
 
     whole, _ = run("whole", 1)

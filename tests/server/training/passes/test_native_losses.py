@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.lora import LoraWeights
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.weights import BaseModel, load_base
 from server.training.checkpoint import Checkpoints
 from server.training.encoding import Example, Examples
@@ -93,9 +93,7 @@ def test_a_job_measures_the_base_and_what_it_trained(
     training = TrainingSpec(epochs=3, learning_rate=1e-2, batch_size=2, max_length=16, eval_steps=2)
     spec = JobSpec("codes", lora=LoraSpec(rank=4), training=training)
     checkpoints = Checkpoints(tmp_path, 1)
-    outcome = Run(
-        spec, data, grouped, checkpoints, Listener(), exact_match, decision_scores, answers, library=library
-    ).run()
+    outcome = Run(spec, data, grouped, checkpoints, Listener(), complete, decision_scores, library=library).run()
     assert outcome.weights is not None
     base, tuned = outcome.base.held_out, outcome.tuned.held_out
     assert base is not None

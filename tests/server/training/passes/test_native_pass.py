@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.lora import LoraModule, LoraWeights
-from server.jobs.scoring import answers, decision_scores, exact_match
+from server.jobs.scoring import complete, decision_scores
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.build import NativeUnavailable
 from server.model.native.library import computed_by
@@ -310,7 +310,7 @@ def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(
         checkpoints, listener = Checkpoints(tmp_path / directory, token), Listener(end)
         given = library if native else None
         return Run(
-            spec, data, grouped, checkpoints, listener, exact_match, decision_scores, answers, library=given
+            spec, data, grouped, checkpoints, listener, complete, decision_scores, library=given
         ).run(), listener
 
     whole, _ = run("whole", 1)
