@@ -46,6 +46,13 @@ def test_the_readmes_facts_on_the_real_base(trainer: ServerProcess) -> None:
     assert report["recall"]["num_right"] == {"base": 0, "tuned": num_rows, "latest": None, "parent": None}
     assert report["kept_step"] == report["steps"] == 48
     assert report["comparisons"]["base"]["verdict"] == "better"
+    events = get(trainer, f"/train/{good['id']}/events")
+    samples = {event["data"]["step"]: event["data"]["samples"] for event in events if "samples" in event["data"]}
+    assert list(samples) == [12, 24, 36, 48]
+    (sample, *_) = samples[48]
+    assert {"prompt": sample["prompt"], "completion": sample["wanted"]} in rows
+    assert trainer.texts([sample["prompt"]], adapter="readmes", max_tokens=16)[0].startswith(sample["tuned"])
+    assert sample["base"] != sample["tuned"]
     answers = trainer.texts([row["prompt"] for row in rows], adapter="readmes", max_tokens=16)
     right = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) >= num_rows
