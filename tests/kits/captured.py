@@ -7,8 +7,9 @@ grid, a shape or an address, `NotCapturable` is raised, too. Then the recorded l
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,11 @@ from tests.kits.kernels import Launch
 
 _RECORDED = {"aten::index_select"}
 """Operations that write to a given tensor, and allocate nothing on a GPU either."""
+_WAITS: tuple[tuple[object, str], ...] = (
+    (torch.cuda, "synchronize"),
+    *((kind, name) for kind in (torch.cuda.Stream, torch.cuda.Event) for name in ("synchronize", "query")),
+)
+"""What asks the device whether work is done. CUDA refuses it during a capture."""
 _READS = {"tolist", "item", "numpy", "cpu", "to", "pin_memory", "__bool__", "__int__", "__float__", "__index__"}
 
 Entry = tuple[object, tuple[int, ...], tuple[torch.Tensor, ...], Callable[[], object]]
@@ -71,7 +77,11 @@ class CapturingLaunch:
         assert self._entries is None
         self._entries = []
         try:
-            with _NoReads(), _NoAllocations(self._entries):
+            with ExitStack() as stack:
+                for owner, name in _WAITS:
+                    stack.enter_context(patch.object(owner, name, _refuser(name)))
+                stack.enter_context(_NoReads())
+                stack.enter_context(_NoAllocations(self._entries))
                 yield self._entries
         finally:
             self._entries = None
@@ -80,6 +90,13 @@ class CapturingLaunch:
 def _key(entry: Entry) -> tuple[object, ...]:
     kernel, grid, tensors, _ = entry
     return kernel, grid, *((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors)
+
+
+def _refuser(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: object) -> NoReturn:
+        raise NotCapturable(f"{name} waits for the device")
+
+    return refuse
 
 
 class _NoReads(TorchFunctionMode):

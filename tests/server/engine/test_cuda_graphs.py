@@ -189,6 +189,8 @@ def faults(capturing: CapturingLaunch) -> dict[str, Callable[[], object]]:
     given = torch.zeros(4)
     grids, kept = iter(range(1, 9)), list[torch.Tensor]()
 
+    some: Any = None  # a stream or an event, which can't be made without a GPU
+
     def another_address() -> None:
         kept.append(given[len(kept) :])
         capturing.launch(VARIANT, (1,), (kept[-1],))
@@ -200,6 +202,10 @@ def faults(capturing: CapturingLaunch) -> dict[str, Callable[[], object]]:
         "one number's read": lambda: given[0].item(),
         "a copy to the host": lambda: given.cpu(),
         "a branch on a tensor": lambda: bool(given[0]),
+        "a wait for the device": lambda: torch.cuda.synchronize(),
+        "a wait for a stream": lambda: torch.cuda.Stream.synchronize(some),
+        "a wait for an event": lambda: torch.cuda.Event.synchronize(some),
+        "a look at an event": lambda: torch.cuda.Event.query(some),
         "an unknown write": lambda: given.add_(1),
         "another address": another_address,
         "another grid": lambda: capturing.launch(VARIANT, (next(grids),), (given,)),
