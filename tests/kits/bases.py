@@ -9,7 +9,7 @@ import torch
 from server.model.base.export import export_hugging_face
 from server.model.base.source import EMBEDDED, resolve_base
 from server.model.base.weights import BaseModel, load_base
-from tests.kits.buckets import aws, bucket, bytes_url, object_store, proxied, proxy
+from tests.kits.buckets import aws, bucket, bytes_url, object_store, patient, proxied, proxy
 from tests.kits.cache import CACHE
 from tests.kits.postgres import database_url, own_postgres, postgres
 from tests.kits.tiny import save_tiny_base
@@ -21,6 +21,7 @@ __all__ = [
     "database_url",
     "object_store",
     "own_postgres",
+    "patient",
     "postgres",
     "proxied",
     "proxy",

@@ -206,3 +206,11 @@ def proxied(bytes_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> "B
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     return Bucket.open(bytes_url, allow_http=True, patience=1.0)
+
+
+@pytest.fixture
+def patient(proxied: "Bucket", bytes_url: str) -> "Bucket":
+    """Like `proxied`, but it waits a minute: the store of a busy machine may need longer than a second."""
+    from adapters.storage.bucket import Bucket
+
+    return Bucket.open(bytes_url, allow_http=True, patience=60.0)

@@ -336,17 +336,17 @@ def fetched(proxy: Proxy) -> int:
     return proxy.count("GET", WEIGHTS_NAME)
 
 
-def test_loading_only_reads(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
+def test_loading_only_reads(machine: Machine, patient: "Bucket", proxy: Proxy) -> None:
     """Engine replicas may have a key that allows no more."""
     publish(machine("a"))
-    assert_equal(machine("b", through=proxied).load(DIGEST), ADAPTER.weights)
+    assert_equal(machine("b", through=patient).load(DIGEST), ADAPTER.weights)
     assert {method for method, _ in proxy.asked} == {"GET"}
 
 
-def test_concurrent_readers_download_once(machine: Machine, proxied: "Bucket", proxy: Proxy) -> None:
+def test_concurrent_readers_download_once(machine: Machine, patient: "Bucket", proxy: Proxy) -> None:
     """Threads of two processes on one machine."""
     publish(machine("a"))
-    stores = [machine("b", through=proxied) for _ in range(2)]
+    stores = [machine("b", through=patient) for _ in range(2)]
     with ThreadPoolExecutor(16) as pool:
         for weights in pool.map(lambda n: stores[n % 2].load(DIGEST), range(32)):
             assert_equal(weights, ADAPTER.weights)
@@ -363,11 +363,11 @@ def published(store: AdapterStore, seeds: Iterable[int]) -> Iterator[tuple[str, 
 
 
 def test_the_cache_evicts_the_least_recently_used_and_keeps_pinned_bytes(
-    machine: Machine, proxied: "Bucket", proxy: Proxy, tmp_path: Path
+    machine: Machine, patient: "Bucket", proxy: Proxy, tmp_path: Path
 ) -> None:
     (first, size), *others = published(machine("a"), range(6))
     digests = [first, *(digest for digest, _ in others)]
-    b = machine("b", through=proxied, cache_bytes=3 * size + 100)
+    b = machine("b", through=patient, cache_bytes=3 * size + 100)
 
     def cached() -> set[str]:
         return {path.name for path in (tmp_path / "b").glob("[0-9a-f][0-9a-f]/*")}

@@ -58,6 +58,14 @@ def engine(url: str, tmp_path: Path) -> Iterator[sa.Engine]:
     engine.dispose()
 
 
+@pytest.fixture
+def patient(url: str, tmp_path: Path) -> Iterator[sa.Engine]:
+    """Like `engine`, but it waits as long for other writers as a worker does: a busy machine may need that."""
+    engine = connect(tmp_path, url=url, patience=WORKER_PATIENCE_SECONDS)
+    yield engine
+    engine.dispose()
+
+
 def publish(catalog: Catalog, name: str = "a") -> int:
     return catalog.publish(
         name, digest="0" * 64, rank=1, alpha=1, target_modules=[], parameters=1, bytes=1
@@ -174,7 +182,7 @@ from pathlib import Path
 from adapters.catalog.catalog import Catalog
 from adapters.errors import Unavailable
 from server.database import connect
-catalog = Catalog(connect(Path(sys.argv[1]), url=sys.argv[2]))
+catalog = Catalog(connect(Path(sys.argv[1]), url=sys.argv[2], patience=float(sys.argv[4])))
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(int(sys.argv[3])):
@@ -186,9 +194,11 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-def writers(url: str, home: Path, num_times: int) -> "list[subprocess.Popen[str]]":
+def writers(
+    url: str, home: Path, num_times: int, patience: float = PATIENCE_SECONDS
+) -> "list[subprocess.Popen[str]]":
     """Start eight processes that are about to publish under one name."""
-    command = [sys.executable, "-c", WRITER, str(home), url, str(num_times)]
+    command = [sys.executable, "-c", WRITER, str(home), url, str(num_times), str(patience)]
     found = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     for writer in found:
         assert writer.stdout is not None
@@ -198,7 +208,7 @@ def writers(url: str, home: Path, num_times: int) -> "list[subprocess.Popen[str]
 
 def test_eight_processes_publish_under_one_name(url: str, engine: sa.Engine, tmp_path: Path) -> None:
     lines: list[str] = []
-    found = writers(url, tmp_path, 25)
+    found = writers(url, tmp_path, 25, WORKER_PATIENCE_SECONDS)
     for writer in found:
         print("go", file=writer.stdin, flush=True)
     for writer in found:
@@ -396,11 +406,11 @@ def test_usage_and_metrics_of_steps_do_not_wait_for_writers(engine: sa.Engine, t
     assert jobs.events("j1")[-1].data == {"step": 1}
 
 
-def test_servers_add_to_the_same_usage_at_once(engine: sa.Engine) -> None:
+def test_servers_add_to_the_same_usage_at_once(patient: sa.Engine) -> None:
     """Each in an order of its own: nothing is lost or doubled, and none waits for another forever."""
 
     def add(seed: int) -> None:
-        ledger, names = Ledger(engine), [f"a{number}" for number in range(50)]
+        ledger, names = Ledger(patient), [f"a{number}" for number in range(50)]
         for turn in range(5):
             random.Random(seed + turn).shuffle(names)
             for name in names:
@@ -409,7 +419,7 @@ def test_servers_add_to_the_same_usage_at_once(engine: sa.Engine) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
-    rows = Ledger(engine).rows(None, None, ("adapter",))
+    rows = Ledger(patient).rows(None, None, ("adapter",))
     assert {(row["requests"], row["prompt_tokens"]) for row in rows} == {(20, 5 * (1 + 2 + 3))}
     assert len(rows) == 50
 
@@ -468,12 +478,12 @@ def test_a_pool_that_is_used_up_is_no_fault_of_ours(engine: sa.Engine, caplog: p
         connection.close()
 
 
-def test_threads_share_an_engine(engine: sa.Engine) -> None:
+def test_threads_share_an_engine(patient: sa.Engine) -> None:
     barrier = threading.Barrier(8)
 
     def work(_: int) -> list[int]:
         barrier.wait()
-        return [publish(Catalog(engine), "shared") for _ in range(10)]
+        return [publish(Catalog(patient), "shared") for _ in range(10)]
 
     with ThreadPoolExecutor(8) as pool:
         numbers = sorted(number for found in pool.map(work, range(8)) for number in found)

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from server.database import connect
+from server.database import WORKER_PATIENCE_SECONDS, connect
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.model.base.weights import BaseModel
@@ -18,11 +18,13 @@ from tests.server.jobs.attempt_kit import Shop
 
 @pytest.fixture
 def engine(database_url: str | None, new_database: Path, tmp_path: Path) -> Iterator[sa.Engine]:
-    """A database with all tables. Every statement run on it must also compile for PostgreSQL, or the test
-    fails."""
+    """A database with all tables, opened as by a worker: it waits long for other writers.
+
+    Every statement run on it must also compile for PostgreSQL, or the test fails.
+    """
     if database_url is None:
         shutil.copy(new_database, tmp_path)
-    engine = connect(tmp_path, url=database_url)
+    engine = connect(tmp_path, url=database_url, patience=WORKER_PATIENCE_SECONDS)
     sa.event.listen(engine, "before_execute", _compile_for_postgresql)
     yield engine
     engine.dispose()

@@ -48,8 +48,8 @@ def test_results_of_the_first_attempt_are_kept_on_all_machines(tmp_path: Path, b
         assert content.read() == b"step\n1\n"
 
 
-def test_looking_for_several_files_takes_one_listing(tmp_path: Path, proxied: "Bucket", proxy: Proxy) -> None:
-    store = FileStore(tmp_path, bucket=proxied.under("files"))
+def test_looking_for_several_files_takes_one_listing(tmp_path: Path, patient: "Bucket", proxy: Proxy) -> None:
+    store = FileStore(tmp_path, bucket=patient.under("files"))
     there = {store.put_results(f"job-{number}", b"step\n").id for number in range(3)}
     proxy.asked.clear()
     assert store.present(there | {results_id("job-3"), results_id("job-4")}) == there
@@ -150,14 +150,14 @@ def test_a_failing_repair_removes_nothing(tmp_path: Path, bucket: "Bucket") -> N
 
 
 def test_a_failing_bucket_is_unavailable(
-    tmp_path: Path, bucket: "Bucket", proxied: "Bucket", proxy: Proxy
+    tmp_path: Path, bucket: "Bucket", proxied: "Bucket", patient: "Bucket", proxy: Proxy
 ) -> None:
-    store = DatasetStore(tmp_path, bucket=proxied)
     proxy.fail("500")
     with pytest.raises(BytesUnavailable):
-        put(store, JSONL)
+        put(DatasetStore(tmp_path, bucket=proxied), JSONL)
     assert list(tmp_path.iterdir()) == []
     assert bucket.listed() == []
+    store = DatasetStore(tmp_path, bucket=patient)
     proxy.fail("cut", 1)
     dataset = put(store, JSONL)
     proxy.fail("half", 1)
