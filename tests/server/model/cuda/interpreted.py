@@ -1,4 +1,4 @@
-"""fp32 in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.server.model.cuda.interpreted`.
+"""fp32 in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.server.model.cuda.interpreted PART`.
 
 It is a process of its own, since Triton decides at its import whether it interprets. The interpreter's bf16 is
 wrong in every version so far, so it proves nothing there. Its fp32 products are numpy's, which round by the place
@@ -9,6 +9,7 @@ the same.
 
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from triton.runtime import interpreter
 
 from server.engine.cuda_backend import CudaBackend, Launch
-from server.engine.request import GenerationRequest
+from server.engine.request import EngineStats, GenerationRequest
+from server.model.base.config import ModelConfig
 from server.model.base.weights import BaseModel
 from server.model.cuda.variants import variants
 from server.model.rank_rows import GROUPS
@@ -34,27 +36,27 @@ def _dot(self: object, a: Any, b: Any, d: Any, *_: object) -> Any:
     return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
 
-def check_engine(base: BaseModel, launch: Launch) -> float:
-    """Answer requests with the cuda backend and torch's.
+def compared(
+    base: BaseModel, launch: Launch, requests: Sequence[GenerationRequest], num_blocks: int
+) -> tuple[float, EngineStats]:
+    """Answer requests with the cuda backend and torch's, over a cache of this many blocks.
 
-    Return the largest relative difference of log-probabilities. Prompts are computed while others decode, one of
-    them with a blend, and one prefix is cached.
+    Return the largest relative difference of log-probabilities, and the cuda backend's counts.
     """
-    shared = tuple(range(20, 57))
-    requests = [
-        GenerationRequest("base", shared, replace(GREEDY, max_tokens=3)),
-        GenerationRequest("prefix", (*shared, 9), replace(GREEDY, max_tokens=3)),
-        GenerationRequest("one", (7, 8, 9), replace(GREEDY, max_tokens=4), refs(**{"00": 1.0})),
-        GenerationRequest(
-            "blend", (5, 4, 3, 2) * 3, replace(GREEDY, max_tokens=3), refs(**{"02": 0.6, "03": -0.5})
-        ),
-    ]
     cuda = CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
-    answers = []
+    answers, counts = [], []
     for backend in (cuda, None):
-        engine = build_engine(base, library(base), num_blocks=32, max_rank=64, limits=TIGHT, other=backend)
+        engine = build_engine(
+            base,
+            library(base),
+            num_blocks=num_blocks,
+            max_rank=64,
+            limits=TIGHT,
+            other=backend,
+            loads_at_once=True,  # otherwise the number of preemptions depends on threads
+        )
         answers.append(run(engine, requests))
-        assert engine.stats.prefix_cached_tokens >= 32
+        counts.append(engine.stats)
         engine.close()
     for key, expected in answers[1].items():
         assert_same(answers[0][key], expected)
@@ -63,27 +65,62 @@ def check_engine(base: BaseModel, launch: Launch) -> float:
         for key in answers[1]
         for found, expected in zip(answers[0][key].logprobs, answers[1][key].logprobs, strict=True)
     ]
-    return max(abs(found - expected) / abs(expected) for found, expected in pairs)
+    return max(abs(found - expected) / abs(expected) for found, expected in pairs), counts[0]
 
 
-def main() -> None:
-    """Print each check's largest error, relative to the largest number."""
-    np.seterr(all="ignore")
-    interpreter.InterpreterBuilder.create_dot = _dot
-    names = variants(SMALL, PAGE)
-    for product in ("qkv", "o", "gate_up", "down", "head"):
-        print(product, kit.check_linear(interpreted, names, torch.float32, product, 19))
-    for group in GROUPS:
-        print("lora", group, kit.check_lora(interpreted, names, SMALL, torch.float32, group))
-    sizes = {"small": SMALL, **(FAMILY if "--all" in sys.argv else {})}
+SHARED = tuple(range(20, 57))
+REQUESTS = (
+    GenerationRequest("base", SHARED, replace(GREEDY, max_tokens=3)),
+    GenerationRequest("prefix", (*SHARED, 9), replace(GREEDY, max_tokens=3)),
+    GenerationRequest("one", (7, 8, 9), replace(GREEDY, max_tokens=4), refs(**{"00": 1.0})),
+    GenerationRequest("blend", (5, 4, 3, 2) * 3, replace(GREEDY, max_tokens=3), refs(**{"02": 0.6, "03": -0.5})),
+)
+PREEMPTED = tuple(
+    GenerationRequest(f"long {i}", tuple(range(90 + i, 104 + i)), replace(GREEDY, max_tokens=5), adapters)
+    for i, adapters in enumerate((refs(**{"00": 0.5}), (), (), refs(**{"02": 0.6, "03": -0.5})))
+)
+
+
+def check_engine(base: BaseModel) -> float:
+    """Check mixed steps: prompts are computed while others decode, one with a blend. One prefix is cached."""
+    error, stats = compared(base, interpreted, REQUESTS, 32)
+    assert stats.prefix_cached_tokens >= 32
+    return error
+
+
+def check_preemption(base: BaseModel) -> float:
+    """Check an engine that preempts sequences, since its cache has too few blocks. Two have adapters."""
+    error, stats = compared(base, interpreted, PREEMPTED, 4)
+    assert stats.preemptions
+    return error
+
+
+def check_kernels(sizes: Mapping[str, ModelConfig]) -> None:
     for name, config in sizes.items():
         of_config = variants(config, PAGE)
         print("attention", name, kit.check_attention(interpreted, of_config, config, torch.float32))
         print("rows", name, kit.check_rows(interpreted, of_config, config, torch.float32))
-    kit.check_tokens(interpreted, names, SMALL)
-    kit.check_lists(interpreted, names)
-    with tempfile.TemporaryDirectory() as directory:
-        print("engine", check_engine(two_layers(Path(directory)), interpreted))
+
+
+def main() -> None:
+    """Print each error of one part of the checks, relative to the largest number."""
+    np.seterr(all="ignore")
+    interpreter.InterpreterBuilder.create_dot = _dot
+    part, names = sys.argv[1], variants(SMALL, PAGE)
+    if part == "small":
+        for product in ("qkv", "o", "gate_up", "down", "head"):
+            print(product, kit.check_linear(interpreted, names, torch.float32, product, 19))
+        for group in GROUPS:
+            print("lora", group, kit.check_lora(interpreted, names, SMALL, torch.float32, group))
+        check_kernels({"small": SMALL})
+        kit.check_tokens(interpreted, names, SMALL)
+        kit.check_lists(interpreted, names)
+    elif part == "family":
+        check_kernels(FAMILY)
+    else:
+        check = {"engine": check_engine, "preemption": check_preemption}[part]
+        with tempfile.TemporaryDirectory() as directory:
+            print(part, check(two_layers(Path(directory))))
 
 
 if __name__ == "__main__":
