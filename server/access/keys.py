@@ -541,6 +541,10 @@ class KeyRing:
         """Return the stored key with this secret, valid or not. None if there is none, or if API_KEYS has it."""
         return self._known.by_digest.get(digest_of(secret))
 
+    def with_id(self, key_id: str) -> ApiKey | None:
+        """Return the stored key with this id, valid or not, or None if there is none."""
+        return self._by_id.get(key_id)
+
     def within(self, principal: Principal, project: str) -> Principal | None:
         """Return the operator's `principal` restricted to one project, or None if there is no such project.
 

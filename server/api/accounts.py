@@ -29,7 +29,7 @@ from server.api.authentication import PROJECT_HEADER
 from server.api.deps import Services, ServicesDep
 from server.api.openapi import ADMIN_CHANGES, ADMIN_LOOKUPS, ADMIN_READS, ADMIN_REMOVALS, KEY_CHANGES, READS
 from server.api.pages import LINK, MAX_ALL, After, AllLimit, Limit, link, page_of
-from server.api.routes import ADMIN, MANAGE, READ, requires
+from server.api.routes import ADMIN, ANY, MANAGE, READ, requires
 from server.api.schemas import Answer, LimitFields, Timestamp
 from server.api.strict_route import StrictRoute
 from server.jobs.jobs import refuse_with_uploads, retire_jobs
@@ -88,15 +88,14 @@ class KeyPatch(LimitFields):
         return changes
 
 
-class KeyAnswer(Answer):
+class OwnKeyAnswer(Answer):
+    """The key that a request was sent with."""
+
     id: str
     name: str
     project: str
     scopes: list[Scope]
-    created_at: DateTime
     expires_at: DateTime | None
-    revoked_at: DateTime | None
-    last_used_at: DateTime | None
     requests_per_minute: int | None
     tokens_per_minute: int | None
     max_jobs: int | None
@@ -104,6 +103,14 @@ class KeyAnswer(Answer):
     max_versions: int | None
     max_job_seconds: int | None
     allow_full: bool | None
+
+
+class KeyAnswer(OwnKeyAnswer):
+    """A key, as whoever manages its project sees it."""
+
+    created_at: DateTime
+    revoked_at: DateTime | None
+    last_used_at: DateTime | None
 
     @classmethod
     def of(cls, key: ApiKey, **more: object) -> Self:
@@ -261,6 +268,32 @@ async def list_keys(
     page, following = page_of(found, lambda key: key.id, limit, after)
     answer = KeyList(keys=[KeyAnswer.of(key) for key in page], next=following)
     return wire.answer(answer, headers=link(request, following))
+
+
+@keys_router.get(
+    "/self",
+    summary="The key in use",
+    response_class=Response,
+    responses={200: {"model": OwnKeyAnswer}, **READS},
+)
+@requires(ANY)
+async def get_own_key(services: ServicesDep) -> Response:
+    """Get the name, project, scopes, expiry and limits of the key that the request was sent with.
+
+    A key may have any scope for this. `project` is the one that the request acts for. Without a key, `id` is
+    `anonymous` and `name` is empty. Keys of SMOLORA_API_KEYS have no name either.
+    """
+    who = services.principal
+    key = services.access.ring.with_id(who.key_id)
+    answer = OwnKeyAnswer(
+        id=who.key_id,
+        name="" if key is None else key.name,
+        project=who.project,
+        scopes=[scope for scope in SCOPES if scope in who.scopes],
+        expires_at=None if key is None else key.expires_at,
+        **vars(who.quota),
+    )
+    return wire.answer(answer)
 
 
 @keys_router.get(

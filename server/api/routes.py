@@ -118,6 +118,10 @@ class Routes:
         self._patterned.sort(key=lambda one: one.template.count("{"))
         patterns = (f"(?P<t{i}>{_pattern(one.template)})" for i, one in enumerate(self._patterned))
         self._any = re.compile("|".join(patterns))
+        for path, fixed in self._static.items():  # routers pass PATCH /keys/self to PATCH /keys/{key_id}
+            if (match := self._any.fullmatch(path)) is not None:
+                pattern = self._patterned[int(str(match.lastgroup)[1:])]
+                self._static[path] = Resource.of(path, {**pattern.methods, **fixed.methods})
 
     @property
     def static_paths(self) -> Iterable[str]:

@@ -133,10 +133,25 @@ interface KeyAnswer {
   name: string;
   project: string;
   scopes: ("generate" | "train" | "metrics" | "manage" | "admin")[];
-  created_at: string;
   expires_at: string | null;
+  requests_per_minute: number | null;
+  tokens_per_minute: number | null;
+  max_jobs: number | null;
+  max_bytes: number | null;
+  max_versions: number | null;
+  max_job_seconds: number | null;
+  allow_full: boolean | null;
+  created_at: string;
   revoked_at: string | null;
   last_used_at: string | null;
+}
+
+interface OwnKeyAnswer {
+  id: string;
+  name: string;
+  project: string;
+  scopes: ("generate" | "train" | "metrics" | "manage" | "admin")[];
+  expires_at: string | null;
   requests_per_minute: number | null;
   tokens_per_minute: number | null;
   max_jobs: number | null;

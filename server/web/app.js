@@ -1,7 +1,9 @@
 /** The page: its frame, navigation and sign-in. */
-import { linkTo } from "./lib/api.js";
+import { get, linkTo } from "./lib/api.js";
+import { moment } from "./lib/format.js";
 import { html, render, useEffect, useRef, useState } from "./lib/html.js";
 import { lazy } from "./lib/lazy.js";
+import { useResource } from "./lib/resource.js";
 import { route, to } from "./lib/route.js";
 import { asksForKey, isRemembered, key, signIn } from "./lib/session.js";
 import { useStore } from "./lib/store.js";
@@ -64,10 +66,20 @@ function App() {
 function Identity() {
   const secret = useStore(key);
   const isIn = useStore(asksForKey) !== "needed" && secret;
+  const own = useResource(
+    async (signal) => (secret ? /** @type {OwnKeyAnswer} */ (await get("/keys/self", signal)) : null),
+    [],
+  ).data;
+  const name = own?.name || `key …${secret.slice(-4)}`; // the keys of a setting have no name
+  const about = [
+    ...(own ? [`May ${own.scopes.join(", ")}`] : []),
+    ...(own?.expires_at ? [`Expires ${moment(own.expires_at)}`] : []),
+    isRemembered() ? "Remembered on this device" : "Kept until this tab is closed",
+  ];
   return html`<div class="identity">
     ${
       isIn
-        ? html`<span class="muted" title=${isRemembered() ? "Remembered on this device" : "Kept until this tab is closed"}>key …${secret.slice(-4)}</span>
+        ? html`<span class="muted" title=${about.join(". ")}>${own ? `${name} · ${own.project}` : name}</span>
           <button type="button" class="plain" onClick=${() => signIn("")}>Sign out</button>`
         : html`<button type="button" class="plain" onClick=${() => asksForKey.set("offered")}>Use a key</button>`
     }

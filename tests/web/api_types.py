@@ -17,6 +17,7 @@ READ = (
     "EventAnswer",
     "JobAnswer",
     "KeyAnswer",
+    "OwnKeyAnswer",
     "ProjectAnswer",
 )
 """The schemas that the page reads, apart from those that they contain."""

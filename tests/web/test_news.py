@@ -107,7 +107,7 @@ def test_the_first_key_of_a_server_that_has_an_operators(server: ServerProcess, 
         expect(page.get_by_text("None yet, except the operator's keys")).to_be_visible()
         expect(page.get_by_text("everyone who reaches this server")).to_have_count(0)
         make_key(page, "guest", "acme", ("generate",))
-        expect(page.get_by_text(f"key …{OPERATORS[-4:]}")).to_be_visible()
+        expect(page.get_by_text(f"key …{OPERATORS[-4:]} · default")).to_be_visible()
         expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("guest")
         expect(page.get_by_role("region", name="Projects")).to_contain_text("acme")
 

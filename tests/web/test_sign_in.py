@@ -1,6 +1,7 @@
 """Signing in: the first key, a project that sees nothing of another, and a key that ends."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from adapters.peft.files import write
 from server.model.base.weights import BaseModel
 from tests.end_to_end.server_process import ServerProcess
 from tests.server.jobs.merge_kit import sample
-from tests.web.browser import act, page_of, violations
+from tests.web.browser import PHONE, act, is_wider_than_the_screen, page_of, violations
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def admin(server: ServerProcess, browser: Browser) -> str:
         form.get_by_label("read the metrics").check()
         expect(form.get_by_role("button", name="Make the key")).to_be_disabled()
         secret = make_key(page, "laptop", "default", ("everything",))
-        expect(page.get_by_text(f"key …{secret[-4:]}")).to_be_visible()
+        expect(page.get_by_role("banner")).to_contain_text("laptop · default")
         expect(page.get_by_role("region", name="Keys, as a table")).to_contain_text("laptop")
         expect(page.locator(".secret")).to_contain_text(secret)
         page.get_by_role("button", name="Done").click()
@@ -251,10 +252,28 @@ def test_limits_of_a_key_are_shown_and_changed(server: ServerProcess, browser: B
         expect(limits).to_have_count(0)
 
 
+def test_a_key_is_shown_by_name_and_project(server: ServerProcess, browser: Browser, admin: str) -> None:
+    expiry = "2100-01-01T00:00:00Z"
+    body = {"name": "n" * 40, "project": "acme", "scopes": ["generate"], "expires_at": expiry}
+    made = server.client.post("/keys", json=body).json()
+    with page_of(browser, server.url, PHONE) as page:
+        sign_in(page, made["secret"])
+        shown = page.get_by_role("banner").get_by_text(f"{body['name']} · acme")
+        expect(shown).to_have_attribute(
+            "title", re.compile(r"May generate\. Expires .*2100.*\. Kept until this tab is closed")
+        )
+        assert not is_wider_than_the_screen(page)
+        assert violations(page) == []
+        page.get_by_role("button", name="Sign out").click()
+        sign_in(page, admin)
+        expect(page.get_by_role("banner")).to_contain_text("laptop · default")
+
+
 def test_a_key_that_may_not_train_is_offered_no_job(server: ServerProcess, browser: Browser, admin: str) -> None:
     made = server.client.post("/keys", json={"name": "reader", "scopes": ["generate"]}).json()
     with page_of(browser, f"{server.url}/#/train") as page:
         sign_in(page, made["secret"])
+        expect(page.get_by_role("banner")).to_contain_text("reader · default")
         expect(page.get_by_text("Your key may not train.")).to_be_visible()
         expect(page.get_by_role("alert")).to_have_count(0)
         expect(page.get_by_role("link", name="New job")).to_have_count(0)

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.anyio
 
 GENERATE = {"prompt": "a", "max_tokens": 4}
 PURPOSE = {"purpose": "fine-tune"}
+NEVER = "2100-01-01T00:00:00+00:00"
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -58,6 +59,33 @@ async def test_first_key_locks_the_server(client: httpx.AsyncClient) -> None:
     assert (await client.get("/adapters", headers=bearer("anything"))).status_code == 401
     assert (await client.get("/adapters", headers=bearer(key["secret"]))).status_code == 200
     assert (await client.post("/keys", json={"name": "b"}, headers=bearer(key["secret"]))).status_code == 403
+
+
+async def test_a_key_learns_its_own_record_and_no_other(make_services: MakeServices) -> None:
+    app = new_app(make_services(api_keys=OPERATORS))
+    async with client_with(app, OPERATORS) as operator:
+        body = {"name": "reader", "project": "acme", "scopes": ["generate"], "max_jobs": 2, "expires_at": NEVER}
+        made = (await operator.post("/keys", json=body)).json()
+        (await operator.post("/keys", json={"name": "other", "project": "acme"})).raise_for_status()
+        fixed = (await operator.get("/keys/self")).json()
+        within = (await operator.get("/keys/self", headers={"OpenAI-Project": "acme"})).json()
+    async with client_with(app, made["secret"]) as client:
+        own = (await client.get("/keys/self")).json()
+        assert (await client.get("/keys/self?id=other")).status_code == 422
+        assert (await client.get(f"/keys/{made['id']}")).status_code == 403
+    assert {name: own[name] for name in body} == body
+    assert own == {name: made[name] for name in own}
+    assert made.keys() - own.keys() == {"secret", "created_at", "revoked_at", "last_used_at"}
+    assert fixed["id"].startswith("env-")
+    assert (fixed["name"], fixed["project"], fixed["expires_at"]) == ("", "default", None)
+    assert set(fixed["scopes"]) == set(SCOPES)
+    assert within["project"] == "acme"
+
+
+async def test_a_client_without_a_key_is_anonymous(client: httpx.AsyncClient, app: FastAPI) -> None:
+    assert (await client.get("/keys/self")).json()["id"] == "anonymous"
+    new_secret(app)
+    assert (await client.get("/keys/self")).status_code == 401
 
 
 async def test_server_stays_locked_after_all_keys_are_revoked(client: httpx.AsyncClient, app: FastAPI) -> None:

@@ -39,6 +39,7 @@ EVERYTHING: dict[str, frozenset[Scope] | None] = {
     "GET /usage": READ | MANAGE,
     "GET /keys": MANAGE,
     "POST /keys": MANAGE,
+    "GET /keys/self": ANY,
     "GET /keys/{key_id}": MANAGE,
     "PATCH /keys/{key_id}": MANAGE,
     "DELETE /keys/{key_id}": MANAGE,
@@ -177,6 +178,18 @@ async def test_scopes_open_only_their_routes(locked: FastAPI, operator: httpx.As
         may = scope == "admin" or needed is None or scope in needed
         assert status != 401, (method, template)
         assert (status == 403) == (not may), (method, template, status)
+
+
+async def test_a_fixed_path_opens_no_route_of_a_pattern(locked: FastAPI, operator: httpx.AsyncClient) -> None:
+    """PATCH /keys/self is PATCH /keys/{key_id}: it needs that route's scope, though GET /keys/self needs none."""
+    for method in ("PATCH", "DELETE"):
+        assert ROUTES.find("/keys/self").methods[method].scopes == MANAGE
+        key = (await operator.post("/keys", json={"name": "one", "scopes": ["generate"]})).json()
+        async with client_of(locked) as client:
+            client.headers["Authorization"] = f"Bearer {key['secret']}"
+            refused = await client.request(method, "/keys/self", json={})
+        assert refused.json()["detail"] == "this key lacks the scope manage: it has generate"
+        assert (await operator.request(method, "/keys/self", json={})).status_code == 404
 
 
 async def test_a_refusal_names_the_scope(locked: FastAPI, operator: httpx.AsyncClient) -> None:
