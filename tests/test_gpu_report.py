@@ -1,5 +1,6 @@
-"""`make gpu`: the commands that it runs, and its report."""
+"""`make gpu`: the commands that it runs, and its report; the Tritons of `make gpu-proofs`."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from benchmarks.training.runs import NATIVE, Measured
 from benchmarks.training.train_report import Row
 from benchmarks.training.works import WORKS
 from tests.benchmarks.kit import MACHINE, made, results, row
-from tests.gpu import main
+from tests.gpu import ROOT, main
 from tests.kits.fake_gpu.card import Card
 from tests.kits.fake_gpu.cuda import fake_cuda
 
@@ -65,3 +66,15 @@ def test_the_report_names_the_card(
     assert ("4,567" in report) is (not codes[2])
     assert ("The training benchmark didn't end." in report) is bool(codes[2])
     assert "NVIDIA L4" in capsys.readouterr().out
+
+
+def test_gpu_proofs_compile_with_a_lower_and_a_higher_triton_than_other_tests() -> None:
+    versions = {}
+    for path in sorted(ROOT.glob("requirements-*.lock")):
+        for version in re.findall(r"^triton==([\d.]+); sys_platform", path.read_text(), re.MULTILINE):
+            versions[path.stem] = tuple(map(int, version.split(".")))
+    lowest, highest = (versions.pop(f"requirements-triton-{name}") for name in ("lowest", "highest"))
+    assert versions.keys() == {"requirements-dev"}
+    assert (3, 5) <= lowest < versions["requirements-dev"] < highest
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.findall(r"^TRITONS := ([^#\n]*)", makefile, re.MULTILINE) == ["lowest highest"]
