@@ -48,7 +48,7 @@ class Estimator:
         self._device = device
 
     def estimate(self, spec: JobSpec, data: JobData) -> Estimate:
-        """Estimate the time of all training steps and of all evaluations on held-out rows.
+        """Estimate the time of all training steps and of all evaluations on held-out rows and test rows.
 
         `data` may be a sample of the rows; `data.facts` counts all rows.
         """
@@ -61,6 +61,9 @@ class Estimator:
             num_evaluations = 2 + (steps // training.eval_steps if training.eval_steps else 0)
             num_tokens = data.validation.num_tokens * data.facts.num_validation_rows / len(data.validation)
             seconds += num_evaluations * num_tokens / (rate * _PASSES[spec.method])
+        if data.test is not None:  # base and adapter
+            num_tokens = data.test.examples.num_tokens * data.facts.num_test_rows / len(data.test.examples)
+            seconds += 2 * num_tokens / (rate * _PASSES[spec.method])
         return Estimate(seconds, rate, basis)
 
     def _speed(self, method: Method) -> tuple[float, Basis]:

@@ -37,7 +37,7 @@ from server.system.messages import plural
 from server.training.encoding import RowEncoder, texts_of
 from server.training.files import RowSources
 from server.training.formats import RowFormat
-from server.training.job_data import DataFacts, JobData
+from server.training.job_data import DataFacts, JobData, TestRows
 from server.training.rows import (
     CanonicalRows,
     DecisionRow,
@@ -48,6 +48,7 @@ from server.training.rows import (
     hold_out,
     overlap,
     parse_row,
+    set_aside,
 )
 from server.training.spec import (
     COMPARE_WITH_LATEST,
@@ -87,15 +88,17 @@ class JobRows:
     """The rows of a job.
 
     `name` is the body's field that `rows` came from. `validation_name` is the field that the held-out rows came
-    from, or None if the held-out rows are a share of `rows`.
+    from, or None if the held-out rows are a share of `rows`; `test_name` is the same for the test rows.
     """
 
     rows: CanonicalRows = field(repr=False)
     train: CanonicalRows = field(repr=False)
     validation: CanonicalRows = field(repr=False)
+    test: CanonicalRows = field(repr=False)
     name: str
     validation_name: str | None
-    source: Mapping[str, object]  # the fields `dataset` and `validation`, without rows
+    test_name: str | None
+    source: Mapping[str, object]  # the fields `dataset`, `validation` and `test`, without rows
     used: frozenset[str]  # ids of data sets and files
     mapping: RowFormat | None  # as in `RowNotes`
     warnings: tuple[str, ...]  # about ignored fields and other trainers' formats
@@ -103,7 +106,7 @@ class JobRows:
 
 
 def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
-    """Return the rows to train on, at least one, and the rows to hold out.
+    """Return the rows to train on, at least one, the rows to hold out, and the test rows.
 
     Raise InvalidInput if rows have faults, or NotFound if a data set doesn't exist.
     """
@@ -113,28 +116,30 @@ def choose_rows(body: TrainBody, sources: RowSources) -> JobRows:
     else:
         assert body.data is not None, "`build_spec` has checked that one of the two is given"
         name, rows = "data", _sent(body.data, "data", notes)
-    given = body.validation
-    used = {named for named in (body.dataset, given) if isinstance(named, str)}
+    share = default_share(len(rows)) if body.validation is None else body.validation
     train = rows
-    validation_name: str | None = "validation"
-    shown: object = given
-    if isinstance(given, str):
-        validation = _stored(sources, given, "validation", notes)
-    elif isinstance(given, list):
-        validation, shown = _sent(given, "validation", notes), "rows"
+    if isinstance(body.test, str | list):
+        test, test_name = _held_out(sources, body.test, "test", notes), "test"
     else:
-        shown = share = default_share(len(rows)) if given is None else given
-        train, validation = hold_out(rows, share)
+        train, test = set_aside(rows, body.test, share if isinstance(share, float) else 0.0)
+        test_name = None
+    if isinstance(share, str | list):
+        validation, validation_name = _held_out(sources, share, "validation", notes), "validation"
+    else:
+        train, validation = hold_out(train, share)
         validation_name = None
-    source = {"dataset": body.dataset, "validation": shown}
+    held_out = {"validation": share, "test": body.test}
+    source = {name: "rows" if isinstance(value, list) else value for name, value in held_out.items()}
     return JobRows(
         rows=rows,
         train=train,
         validation=validation,
+        test=test,
         name=name,
         validation_name=validation_name,
-        source=source,
-        used=frozenset(used),
+        test_name=test_name,
+        source={"dataset": body.dataset, **source},
+        used=frozenset(one for one in (body.dataset, share, body.test) if isinstance(one, str)),
         mapping=notes.mapping,
         warnings=tuple(notes.warnings()),
         questions=named_questions(body.questions or {}),
@@ -152,6 +157,11 @@ def named_questions(given: Mapping[str, object]) -> dict[str, Question]:
         if question.name not in (None, name):
             raise InvalidInput([FieldError(("questions", name, "name"), f"contradicts {name}: leave it out")])
     return {name: dataclasses.replace(question, name=name) for name, question in questions.items()}
+
+
+def _held_out(sources: RowSources, given: str | list[object], name: str, notes: RowNotes) -> CanonicalRows:
+    """Return the rows of the field `name`: those of a data set, or those that it has itself."""
+    return _stored(sources, given, name, notes) if isinstance(given, str) else _sent(given, name, notes)
 
 
 def _stored(sources: RowSources, source_id: str, name: str, notes: RowNotes) -> CanonicalRows:
@@ -490,30 +500,37 @@ class Submissions:
     def _encode(self, training: TrainingSpec, rows: JobRows, max_bytes: int | None) -> _Encoded:
         """Return the encoded rows, and warnings about them.
 
-        Raise InvalidInput if all training rows, or all held-out rows, are dropped because they are too long.
+        Raise InvalidInput if all training, held-out or test rows are dropped because they are too long.
         """
         length, overlong = training.max_length, training.overlong
         as_served = self.encoder.asking(rows.questions)
         shuffled = self.encoder.asking(rows.questions, shuffled_by=training.seed)
-        first, held_out = _first(rows.train, max_bytes), _first(rows.validation, max_bytes)
+        first, held_out, tests = (_first(of, max_bytes) for of in (rows.train, rows.validation, rows.test))
         try:
             train = shuffled.encode_all(first, length, overlong, (rows.name,))
             loc = (rows.validation_name or rows.name,)
             validation = as_served.encode_all(held_out, length, overlong, loc)
+            test = as_served.encode_all(tests, length, overlong, (rows.test_name or rows.name,))
         except InvalidInput:
-            if rows.validation_name is None:  # a share of `rows`: raise faults with the numbers in `rows`
+            if None in (rows.validation_name, rows.test_name):  # raise faults with the numbers in `rows`
                 as_served.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
-        if not train.examples or (held_out and not validation.examples):
-            if max_bytes is not None:  # later rows may fit
-                return self._encode(training, rows, None)
-            at, what = ("validation", "held-out row") if train.examples else (rows.name, "row")
-            fault = f"each {what} is dropped as longer than training.max_length ({length} tokens): raise it"
-            raise InvalidInput.of(at, fault)
+        parts = (
+            (rows.name, "row", first, train),
+            ("validation", "held-out row", held_out, validation),
+            ("test", "test row", tests, test),
+        )
+        for at, what, given, encoded in parts:
+            if given and not encoded.examples:
+                if max_bytes is not None:  # later rows may fit
+                    return self._encode(training, rows, None)
+                fault = f"each {what} is dropped as longer than training.max_length ({length} tokens): raise it"
+                raise InvalidInput.of(at, fault)
         scale = len(rows.train) / len(first)
         held_out_scale = len(rows.validation) / max(len(held_out), 1)
+        test_scale = len(rows.test) / max(len(tests), 1)
         long, held_out_long = train.long.scaled(scale), validation.long.scaled(held_out_scale)
-        all_long = long + held_out_long
+        all_long = long + held_out_long + test.long.scaled(test_scale)
         facts = DataFacts(
             digest=rows.train.digest(),
             num_rows=round(len(train.examples) * scale),
@@ -523,7 +540,10 @@ class Submissions:
             validation_digest=rows.validation.digest() if rows.validation else None,
             num_validation_rows=round(len(validation.examples) * held_out_scale),
             num_validation_truncated=held_out_long.num_truncated,
-            num_overlapping=overlap(rows.train, rows.validation),
+            num_overlapping=overlap(rows.validation, rows.train),
+            test_digest=rows.test.digest() if rows.test else None,
+            num_test_rows=round(len(test.examples) * test_scale),
+            num_test_overlapping=overlap(rows.test, rows.train, rows.validation),
             num_split=all_long.num_split,
             num_dropped=all_long.num_dropped,
             num_lost_tokens=all_long.num_lost_tokens,
@@ -544,8 +564,12 @@ class Submissions:
             if stored is not None
             else {},
             samples=as_served.samples(held_out, length),
+            test=TestRows(test.examples, as_served.references(tests, max_length=length), as_served.asked(tests))
+            if tests
+            else None,
         )
-        num_encoded, num_rows = len(first) + len(held_out), len(rows.train) + len(rows.validation)
+        num_encoded = len(first) + len(held_out) + len(tests)
+        num_rows = len(rows.train) + len(rows.validation) + len(rows.test)
         if num_encoded == num_rows:
             return _Encoded(data, train.are_facts, warnings)
         sampled = f"only {num_encoded:,} of {num_rows:,} rows were tokenized: counts of tokens are estimates"

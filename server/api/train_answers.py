@@ -73,6 +73,11 @@ class RowCounts(Answer):
     overlap: int = Field(
         validation_alias="num_overlapping", description="held-out rows that are also training rows"
     )
+    test_digest: str | None = None
+    test_rows: int = Field(0, validation_alias="num_test_rows")
+    test_overlap: int = Field(
+        0, validation_alias="num_test_overlapping", description="test rows that are also training or held-out rows"
+    )
     split: int = Field(0, validation_alias="num_split", description="rows split into windows that count as rows")
     dropped: int = Field(0, validation_alias="num_dropped", description="rows too long for max_length")
     lost_tokens: int = Field(0, validation_alias="num_lost_tokens", description="of dropped and truncated rows")
@@ -257,7 +262,7 @@ class DatasetList(Answer):
 def _config(spec: Spec, source: object) -> dict[str, object]:
     """Return the body of the job's request, with all defaults and without rows.
 
-    `source` has the body's fields `dataset` and `validation`, or is None if the job has no such fields.
+    `source` has the body's fields `dataset`, `validation` and `test`, or is None if the job has no such fields.
     """
     where = source if isinstance(source, Mapping) else {}
     return {**spec.to_document(), **where}

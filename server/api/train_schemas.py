@@ -106,20 +106,13 @@ TargetModules = Annotated[
         {"anyOf": [{"const": ALL_LINEAR}, {"type": "array", "minItems": 1, "items": {"enum": list(MODULES)}}]}
     ),
 ]
+_HELD_OUT = [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, _ROWS, {"type": "string"}]
 Validation = Annotated[
     float | str | list[object] | None,
     BeforeValidator(_validation),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-                _ROWS,
-                {"type": "string"},
-                {"type": "null"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [*_HELD_OUT, {"type": "null"}]}),
 ]
+Test = Annotated[float | str | list[object], BeforeValidator(_validation), WithJsonSchema({"anyOf": _HELD_OUT})]
 Questions = Annotated[
     dict[str, object], WithJsonSchema({"type": "object", "additionalProperties": QUESTION_SCHEMA})
 ]
@@ -210,6 +203,11 @@ class TrainBody(Body):
     )
     validation: Validation = Field(
         None, description="a share to hold out, rows, or a data set's id; null: 0.1 from 20 rows up, else none"
+    )
+    test: Test = Field(
+        0.0,
+        description="a share to set aside, rows, or a data set's id: nothing is chosen by them, and base and "
+        "adapter are measured on them once, at the end",
     )
     method: Method = Field(JobSpec.method, description="full: every weight of a private copy, never published")
     lora: LoraBody = LoraBody.model_validate({})

@@ -207,6 +207,10 @@ def train(
             help="A share to hold out, a file, or a data set's id. Default: 0.1 from 20 rows up, else 0."
         ),
     ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure once, at the end: a share, a file, or a data set's id. Default: 0."),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="lora or full. Default: lora.")] = None,
     rank: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Default: 32 at every rank; 8 with --rslora.")] = None,
@@ -291,7 +295,8 @@ def train(
         upload = upload_file if text is None or label is None else labels_uploaded(upload_file, text, label)
         body = given(
             name=name,
-            validation=None if validation is None else _validation(upload, validation),
+            validation=None if validation is None else _held_out(upload, validation, "--validation"),
+            test=None if test is None else _held_out(upload, test, "--test"),
             dataset=dataset_of(upload, data),
             questions=questions,
             method=method,
@@ -416,11 +421,11 @@ def dataset_of(upload: Callable[[Path], str], data: str, parameter: str = "DATA"
         raise typer.BadParameter(f"{data}: {error.strerror}", param_hint=parameter) from None
 
 
-def _validation(upload: Callable[[Path], str], value: str) -> float | str:
+def _held_out(upload: Callable[[Path], str], value: str, parameter: str) -> float | str:
     try:
-        return finite(float(value), "--validation")
+        return finite(float(value), parameter)
     except ValueError:
-        return dataset_of(upload, value, "--validation")
+        return dataset_of(upload, value, parameter)
 
 
 def _show_progress(client: "Client", job: Document) -> None:
@@ -457,6 +462,8 @@ def _counts(data: Document) -> str:
     counts = f"{plural(rows, 'row')} to train on, " + (
         f"{held_out:,} held out" if held_out else "none held out: nothing will say how good the adapter is"
     )
+    if tests := cast("int", data.get("test_rows", 0)):
+        counts += f", {plural(tests, 'test row')}"
     return "; ".join([counts, *(f"{plural(count, 'row')} {what}" for what, count in long.items() if count)])
 
 
@@ -508,6 +515,10 @@ def _show_end(client: "Client", job: Document) -> None:
                 has_gate = config.get("publish_if") != "always"
                 advice = _USE_LORA if config.get("method") == "full" else "" if has_gate else _USE_GATE
                 console.print(Text(_WORSE + advice, style="bold red"))
+    if report.get("test"):
+        comparison = cast("Document | None", cast("Document", report["test"])["comparison"])
+        if comparison is not None:
+            console.print(Text(f"on the test rows: {comparison['summary']}"))
     if job["error"]:
         console.print(Text(str(job["error"]), style="red"))
     elif job["adapter"] is not None:

@@ -181,6 +181,7 @@ class TrainingAttempt:
         )
         evaluations = {str(name): None if of is None else of.held_out for name, of in measured.items()}
         evaluations["tuned"] = outcome.tuned.held_out
+        test, on_test = data.of_test, outcome.on_test
         findings = Findings(
             data=data.facts,
             cost=cost,
@@ -196,7 +197,15 @@ class TrainingAttempt:
             comparisons=comparisons,
             versions=versions,
             unmeasured=unmeasured,
-            decisions=question_reports(data, evaluations),
+            on_test=on_test,
+            test_comparison=None
+            if test is None or on_test is None
+            else compare(on_test["tuned"], on_test["base"], test, spec.publish_metric),
+            decisions=question_reports(
+                data,
+                evaluations,
+                None if on_test is None else {name: found.held_out for name, found in on_test.items()},
+            ),
         )
         report = build_report(spec, self._base, findings)
         metrics = counters.newest_losses | _final_metrics(outcome, data)

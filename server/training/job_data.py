@@ -2,13 +2,14 @@
 
 HOME/jobs/<id>/train.safetensors        rows to train on
                validation.safetensors   held-out rows, if there are any
+               test.safetensors         rows that are measured once, at the end, if there are any
                data.json                facts about the data for the report, references for exact match, samples,
                                         and the digest of the base that the rows were tokenized for
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DATA_NAME = "data.json"
 """Written last, so that a directory with this file is complete."""
-TRAIN_NAME, VALIDATION_NAME = "train.safetensors", "validation.safetensors"
+TRAIN_NAME, VALIDATION_NAME, TEST_NAME = "train.safetensors", "validation.safetensors", "test.safetensors"
 
 
 class AnotherBase(SmoloraError):
@@ -33,7 +34,7 @@ class AnotherBase(SmoloraError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts about the training rows and the held-out rows. Digests are those of `CanonicalRows.digest`.
+    """Facts about the training, held-out and test rows. Digests are those of `CanonicalRows.digest`.
 
     Each window of a split row counts as a row, and a dropped row counts in `num_dropped` alone.
     """
@@ -47,10 +48,24 @@ class DataFacts:
     num_validation_rows: int = 0
     num_validation_truncated: int = 0
     num_overlapping: int = 0  # held-out rows that are also training rows
-    num_split: int = 0  # rows split into windows, held-out rows included
-    num_dropped: int = 0  # rows, held-out rows included
-    num_lost_tokens: int = 0  # of dropped and truncated rows, held-out rows included
+    test_digest: str | None = None
+    num_test_rows: int = 0
+    num_test_overlapping: int = 0  # test rows that are also training rows or held-out rows
+    num_split: int = 0  # rows split into windows, of all parts
+    num_dropped: int = 0  # rows, of all parts
+    num_lost_tokens: int = 0  # of dropped and truncated rows, of all parts
     kinds: Mapping[str, int] = field(default_factory=dict)  # training rows by kind; empty for an older job
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Rows that nothing is chosen by. Fields are as in `JobData`."""
+
+    __test__ = False  # pytest takes it for a test otherwise
+
+    examples: Examples
+    references: Sequence[Reference]
+    asked: Sequence[Asked] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,21 @@ class JobData:
     options: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """The tokens of each question's options, by the question's digest."""
     samples: Sequence[Sample] = ()
+    test: TestRows | None = None
+
+    @property
+    def of_test(self) -> "JobData | None":
+        """The same job with its test rows in place of the held-out rows, to measure them in the same way."""
+        if self.test is None:
+            return None
+        return replace(
+            self,
+            validation=self.test.examples,
+            references=self.test.references,
+            asked=self.test.asked,
+            trained_references=(),
+            samples=(),
+        )
 
     def check_base(self, base: "BaseModel") -> None:
         """Raise AnotherBase if the rows were tokenized for another base."""
@@ -92,6 +122,12 @@ class JobData:
             "options": dict(self.options),
             "samples": [asdict(one) for one in self.samples],
         }
+        if self.test is not None:
+            self.test.examples.save(directory / TEST_NAME)
+            rest |= {
+                "test_references": [asdict(r) for r in self.test.references],
+                "test_asked": [asdict(one) for one in self.test.asked],
+            }
         with new_file(directory / DATA_NAME) as unfinished:
             unfinished.write_text(json.dumps(rest), encoding="utf-8")
 
@@ -100,6 +136,13 @@ class JobData:
         """Read what `save` wrote. Raise OSError if the files are missing."""
         rest = json.loads((directory / DATA_NAME).read_text(encoding="utf-8"))
         validation = directory / VALIDATION_NAME
+        test = None
+        if "test_references" in rest:
+            test = TestRows(
+                Examples.load(directory / TEST_NAME),
+                read_document(list[Reference], rest["test_references"]),
+                read_document(list[Asked], rest["test_asked"]),
+            )
         return cls(
             train=Examples.load(directory / TRAIN_NAME),
             validation=Examples.load(validation) if validation.is_file() else None,
@@ -112,6 +155,7 @@ class JobData:
             asked=read_document(list[Asked], rest.get("asked", [])),
             options=read_document(dict[str, tuple[tuple[int, ...], ...]], rest.get("options", {})),
             samples=read_document(list[Sample], rest.get("samples", [])),
+            test=test,
         )
 
 

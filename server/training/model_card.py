@@ -31,7 +31,7 @@ def model_card(report: Fields, hub: HubModel | None = None) -> str:
     parts = [_front_matter(report, hub), f"# {_text(report['name'])}"]
     if report["description"]:
         parts.append("\n".join(f"> {_text(line)}" for line in str(report["description"]).splitlines()))
-    parts += [_introduction(report), *_usage(report, hub), "## Evaluation", _evaluation(report)]
+    parts += [_introduction(report), *_usage(report, hub), "## Evaluation", _evaluation(report), _test(report)]
     parts += _decisions(report)
     parts += ["## Cost", _table(("", ""), _cost(report)), "## Origin"]
     parts += [_table(("", ""), _origin(report)), "## Configuration", _configuration(report)]
@@ -134,21 +134,34 @@ def _evaluation(report: Fields) -> str:
     if not report["evaluation"]:
         head = "Not measured on held-out rows: no rows were held out."
         return "\n\n".join([head, *([_table(*recalled)] if recalled else []), *ending])
-    evaluation = _fields(report, "evaluation")
+    table = _measured(_fields(report, "evaluation"), "held-out row", recalled[1] if recalled else [])
+    return "\n\n".join([table, *ending])
+
+
+def _test(report: Fields) -> str:
+    """Return the table and the verdict of the test rows, or an empty text if there are none."""
+    if not report.get("test"):
+        return ""
+    test = _fields(report, "test")
+    comparison = cast("Fields | None", test["comparison"])
+    remark = "Nothing was chosen by the test rows."
+    verdict = [] if comparison is None else [f"- {_text(comparison['summary'])}"]
+    return "\n\n".join([_measured(test, "test row"), *verdict, remark])
+
+
+def _measured(evaluation: Fields, noun: str, more: Sequence[tuple[str, ...]] = ()) -> str:
+    """Return a sentence and a table of measurements on rows. `more` are further rows of the table."""
     columns = {name: _fields(evaluation, name) for name in _TITLES if evaluation.get(name)}
     rows = [
         (measure.replace("_", " "), *(_value(column[measure], form) for column in columns.values()))
         for measure, form in _MEASURES.items()
         if any(column[measure] is not None for column in columns.values())
     ]
-    if recalled:
-        rows += recalled[1]
     size = (
-        f"{_count(evaluation, 'num_rows', 'held-out row')}, {_count(evaluation, 'num_tokens', 'counted token')} "
+        f"{_count(evaluation, 'num_rows', noun)}, {_count(evaluation, 'num_tokens', 'counted token')} "
         "(loss in nats a token)"
     )
-    table = _table(("", *(_TITLES[name] for name in columns)), rows)
-    return "\n\n".join([f"On {size}:", table, *ending])
+    return f"On {size}:\n\n{_table(('', *(_TITLES[name] for name in columns)), [*rows, *more])}"
 
 
 def _recalled(report: Fields) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
@@ -191,9 +204,15 @@ def _decisions(report: Fields) -> list[str]:
                 rows.append((f"{figure.replace('_', ' ')} without temperature", *cells))
         parts.append(_table(("", *(_TITLES[key] for key in columns)), rows))
         if found["temperature"] is not None:
+            kind = found.get("rows", "held-out")  # missing in an older release's report
+            how = (
+                "each row was measured with one fitted without it"
+                if kind == "held-out"
+                else ("it was fitted to the held-out rows, and nothing was chosen by the test rows")
+            )
             parts.append(
-                f"In brackets: 95 % intervals over {_count(found, 'num_rows', 'held-out row')}. The version's "
-                f"temperature is {found['temperature']:.3f}; each row was measured with one fitted without it."
+                f"In brackets: 95 % intervals over {_count(found, 'num_rows', f'{kind} row')}. The version's "
+                f"temperature is {found['temperature']:.3f}; {how}."
             )
         parts += _reliability(found) + _confusion(_fields(found, "confusion"))
     return parts
@@ -274,6 +293,9 @@ def _origin(report: Fields) -> list[tuple[str, str]]:
         rows.append(
             ("held out", f"{_count(data, 'validation_rows', 'row')}{overlap}, `{data['validation_digest']}`")
         )
+    if data.get("test_digest"):
+        overlap = f", {data['test_overlap']:,} of them other rows too" if data["test_overlap"] else ""
+        rows.append(("test", f"{_count(data, 'test_rows', 'row')}{overlap}, `{data['test_digest']}`"))
     versions = ", ".join(f"{name} {version}" for name, version in _fields(environment, "versions").items())
     machine = (
         f"{environment['device']} ({environment['instructions']}), {_count(environment, 'threads', 'thread')}"

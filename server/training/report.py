@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -155,6 +155,8 @@ class Findings:
     tuned: Scores
     latest: Scores | None = None
     parent: Scores | None = None
+    on_test: Mapping[Literal["base", "tuned"], Scores] | None = None  # None: there are no test rows
+    test_comparison: Comparison | None = None  # with the base, on test rows
     comparisons: Comparisons = field(default_factory=dict)
     versions: Mapping[Other, str] = field(default_factory=dict)
     unmeasured: Mapping[Other, str] = field(default_factory=dict)  # sentences: why a version wasn't measured
@@ -180,6 +182,7 @@ def build_report(spec: JobSpec, base: BaseModel, found: Findings) -> dict[str, o
         "trainable_parameters": found.num_trainable,
         "trainable_share": found.num_trainable / num_base,
         "evaluation": _evaluation(found),
+        "test": _test(found),
         "recall": _recall(found),
         "decisions": found.decisions,
         "comparisons": {name: _comparison(found, name) for name in NAMES},
@@ -217,10 +220,26 @@ def adapter_document(facts: AdapterFacts) -> dict[str, object]:
 
 def _evaluation(found: Findings) -> dict[str, object] | None:
     """Return the evaluations on the held-out rows."""
-    tuned = found.tuned.held_out
+    return _measurements(found.measured)
+
+
+def _test(found: Findings) -> dict[str, object] | None:
+    """Return base and adapter on the test rows, and their comparison."""
+    if found.on_test is None:
+        return None
+    comparison = found.test_comparison
+    return {
+        **(_measurements(found.on_test) or {}),
+        "comparison": None if comparison is None else comparison.document(None, NAMES["base"], "test"),
+    }
+
+
+def _measurements(scores: Mapping[Any, Scores | None]) -> dict[str, object] | None:
+    """Return the evaluations by the names of weights, or None if `tuned` has none."""
+    held_out = {name: None if of is None else of.held_out for name, of in scores.items()}
+    tuned = held_out["tuned"]
     if tuned is None:
         return None
-    held_out = {name: None if of is None else of.held_out for name, of in found.measured.items()}
     return {
         "num_rows": tuned.num_rows,
         "num_tokens": tuned.num_tokens,
@@ -266,6 +285,9 @@ def _data(facts: DataFacts) -> dict[str, object]:
         "validation_rows": facts.num_validation_rows,
         "validation_truncated": facts.num_validation_truncated,
         "overlap": facts.num_overlapping,
+        "test_digest": facts.test_digest,
+        "test_rows": facts.num_test_rows,
+        "test_overlap": facts.num_test_overlapping,
         "split": facts.num_split,
         "dropped": facts.num_dropped,
         "lost_tokens": facts.num_lost_tokens,

@@ -364,6 +364,27 @@ def hold_out(rows: CanonicalRows, share: float) -> tuple[CanonicalRows, Canonica
     return train, rows.chosen(is_held_out)
 
 
+def set_aside(rows: CanonicalRows, share: float, validation: float) -> tuple[CanonicalRows, CanonicalRows]:
+    """Split rows into (the others, test rows), without changing their order. No row is in both parts.
+
+    A row is a test row if its hash, as in `hold_out`, is at least (1 - share) · 2²⁵⁶. The row with the largest
+    hash is always a test row. `validation` is the share that `hold_out` will hold out of the others: test rows
+    have high hashes, so they aren't among those. A share of 0 sets no rows aside. Raise InvalidInput, which names
+    the field `test`, if all rows are equal or the shares leave nothing to train on.
+    """
+    if share == 0:
+        return rows, CanonicalRows()
+    if share + validation >= 1:
+        raise InvalidInput.of("test", "leaves no row to train on: test and validation must be below 1 together")
+    digests = rows.digests()
+    largest, start = max(digests), int((1 - share) * 2.0**256).to_bytes(32, "big")
+    is_test = [digest == largest or digest >= start for digest in digests]
+    others = rows.chosen(not flag for flag in is_test)
+    if not others:
+        raise InvalidInput.of("test", "leaves no row to train on: all rows are equal; give a share of 0")
+    return others, rows.chosen(is_test)
+
+
 def held_out_flags(digests: Sequence[bytes], share: float) -> list[bool]:
     """Return for each row's digest whether `hold_out` holds the row out. `share` is above 0 and below 1."""
     end = int(share * 2.0**256).to_bytes(32, "big")  # exact: a double times a power of two
@@ -371,10 +392,10 @@ def held_out_flags(digests: Sequence[bytes], share: float) -> list[bool]:
     return [digest == smallest or (digest < end and digest != largest) for digest in digests]
 
 
-def overlap(train: CanonicalRows, validation: CanonicalRows) -> int:
-    """Return how many rows of `validation` are also in `train`."""
-    known = set(train.digests())
-    return sum(digest in known for digest in validation.digests())
+def overlap(rows: CanonicalRows, *others: CanonicalRows) -> int:
+    """Return how many of the rows are also in one of the others."""
+    known = {digest for one in others for digest in one.digests()}
+    return sum(digest in known for digest in rows.digests())
 
 
 def _nothing_known(strange: Sequence[str]) -> FieldError:

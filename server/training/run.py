@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from adapters.lora import LoraWeights
 from server.model.base.weights import BaseModel
 from server.training.checkpoint import Checkpoint, Checkpoints
-from server.training.encoding import Reference, Sample
+from server.training.encoding import Examples, Reference, Sample
 from server.training.evaluate import Evaluation, LossNotFinite, Scores, evaluate
 from server.training.job_data import JobData
 from server.training.passes import Pass
@@ -162,6 +162,7 @@ class Outcome:
     counters: Counters
     epochs: float
     samples: Sequence[Mapping[str, object]] = ()
+    on_test: Mapping[Literal["base", "tuned"], Scores] | None = None  # None: there are no test rows
 
 
 class Run:
@@ -225,15 +226,15 @@ class Run:
             raise
         return self._finish()
 
-    def measure(self, weights: LoraWeights, samples: Sequence[Sample] = ()) -> Scores:
+    def measure(self, weights: LoraWeights, samples: Sequence[Sample] = (), data: JobData | None = None) -> Scores:
         """Measure an adapter on the job's rows, in the same way as trained weights. Empty ones mean the base.
 
-        The adapter also answers `samples`.
+        The adapter also answers `samples`. `data` has other rows to measure it on.
         """
         passes = trainable_rows(
             self._base, weights, None, max_length=self._longest, dropout=0.0, library=self._library
         ).passes
-        return self._measure(passes, weights if weights.modules else None, samples=samples)
+        return self._measure(passes, weights if weights.modules else None, samples=samples, data=data)
 
     def checkpoint(self) -> None:
         """Store a checkpoint of the state after the last optimizer step."""
@@ -408,13 +409,14 @@ class Run:
 
         Exact match and decisions are measured only if the best step is chosen by them.
         """
-        found = self._evaluate(self._trainable.passes)
+        assert self._data.validation is not None, "an evaluation without held-out rows"
+        found = self._evaluate(self._trainable.passes, self._data.validation)
         self._check_finite(found)
         if self._spec.publish_metric == "loss":
             return found
         weights, tuned_base = self._weights()
         if self._spec.publish_metric in DECISION_METRICS:
-            return self._with_decisions(found, tuned_base, weights)
+            return self._with_decisions(found, tuned_base, weights, self._data)
         base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
         _, matches = self._complete(base, weights, (), self._data.references, yield_or_leave)
         return replace(found, matches=None if matches is None else tuple(matches))
@@ -443,6 +445,15 @@ class Run:
             self._check_finite(tuned.held_out)
         if not is_finite:  # without held-out rows, no loss has revealed it
             raise TrainingDiverged.found(f"the weights are not finite after step {step}", self._spec.training)
+        on_test: dict[Literal["base", "tuned"], Scores] | None = None
+        if (test := self._data.of_test) is not None:
+            on_test = {
+                "base": self.measure(LoraWeights({}), data=test),
+                "tuned": self._measure(trainable.passes, weights, tuned_base, data=test),
+            }
+            for found in on_test.values():
+                assert found.held_out is not None, "there are test rows"
+                self._check_finite(found.held_out, "test")
         self._note_time()
         counters = self._counters
         assert counters.base is not None, "measured before the first step"
@@ -457,6 +468,7 @@ class Run:
             counters=counters,
             epochs=self._trainer.epoch,
             samples=self._documents(tuned.answers) if tuned.answers else (),
+            on_test=on_test,
         )
 
     def _weights(self) -> tuple[LoraWeights | None, BaseModel | None]:
@@ -471,14 +483,19 @@ class Run:
         weights: LoraWeights | None,
         tuned_base: BaseModel | None = None,
         samples: Sequence[Sample] = (),
+        data: JobData | None = None,
     ) -> Scores:
-        """Measure loss, accuracy and, if the loss is finite, decisions and exact matches. Answer `samples`."""
-        found = None if self._data.validation is None else self._evaluate(passes)
+        """Measure loss, accuracy and, if the loss is finite, decisions and exact matches. Answer `samples`.
+
+        The rows are those of `data`, or the job's.
+        """
+        data = data or self._data
+        found = None if data.validation is None else self._evaluate(passes, data.validation)
         if found is not None and not found.is_finite:
             return Scores(found)
         if found is not None:
-            found = self._with_decisions(found, tuned_base, weights)
-        held_out, trained = self._data.references, self._data.trained_references
+            found = self._with_decisions(found, tuned_base, weights, data)
+        held_out, trained = data.references, data.trained_references
         base, yield_or_leave = tuned_base or self._base, self._reporter.yield_or_leave
         answers, matches = self._complete(base, weights, samples, [*held_out, *trained], yield_or_leave)
         if matches is None:
@@ -488,28 +505,27 @@ class Run:
         return Scores(found, tuple(matches[len(held_out) :]) if trained else None, tuple(answers))
 
     def _with_decisions(
-        self, found: Evaluation, tuned_base: BaseModel | None, weights: LoraWeights | None
+        self, found: Evaluation, tuned_base: BaseModel | None, weights: LoraWeights | None, data: JobData
     ) -> Evaluation:
-        """Return the evaluation with the scores of the held-out decisions' options."""
+        """Return the evaluation with the scores of the options of `data.asked`."""
         yield_or_leave = self._reporter.yield_or_leave
-        scores = self._decision_scores(tuned_base or self._base, weights, self._data, yield_or_leave)
+        scores = self._decision_scores(tuned_base or self._base, weights, data, yield_or_leave)
         return found if scores is None else replace(found, option_scores=tuple(scores))
 
-    def _evaluate(self, passes: Pass) -> Evaluation:
-        """Measure loss and accuracy on the held-out rows."""
-        assert self._data.validation is not None, "an evaluation without held-out rows"
+    def _evaluate(self, passes: Pass, rows: Examples) -> Evaluation:
+        """Measure loss and accuracy on the rows."""
         reporter = self._reporter
         return evaluate(
             passes,
-            self._data.validation,
-            keys=self._data.validation.row_keys(),
+            rows,
+            keys=rows.row_keys(),
             yield_or_leave=reporter.yield_or_leave,
             computing=reporter.computing,
         )
 
-    def _check_finite(self, found: Evaluation) -> None:
+    def _check_finite(self, found: Evaluation, rows: str = "held-out") -> None:
         if not found.is_finite:
-            what = f"the held-out loss is not a number after step {self._trainer.step}"
+            what = f"the {rows} loss is not a number after step {self._trainer.step}"
             raise TrainingDiverged.found(what, self._spec.training)
 
     def _note_time(self) -> None:

@@ -66,24 +66,27 @@ class Comparison:
     def _gain(self) -> float:
         return -self.difference if self.metric in LOWER_IS_BETTER else self.difference
 
-    def sentence(self, other: str) -> str:
-        """Return the verdict in words, with its numbers. `other` names what `tuned` was compared with."""
+    def sentence(self, other: str, rows: str = "held-out") -> str:
+        """Return the verdict in words, with its numbers.
+
+        `other` names what `tuned` was compared with, and `rows` is the kind of the rows, if none was trained on.
+        """
         if self.metric in _MEANS:
             values = f"{_MEANS[self.metric]} {self.tuned:.4f} against {self.other:.4f}"
-            numbers = f"{values} on {self.num_rows} held-out rows"
+            numbers = f"{values} on {self.num_rows} {rows} rows"
         else:
             tuned, others = (round(share * self.num_rows) for share in (self.tuned, self.other))
-            kind = "rows, trained ones included," if self.includes_trained else "held-out rows"
+            kind = "rows, trained ones included," if self.includes_trained else f"{rows} rows"
             right = "exactly right" if self.metric == "exact_match" else "decided right"
             numbers = f"{tuned} of {self.num_rows} {kind} {right}, against {others}"
         if self.low is None or self.high is None:
-            interval = f"a verdict takes {MIN_HELD_OUT} held-out rows, or rows with completions"
+            interval = f"a verdict takes {MIN_HELD_OUT} {rows} rows, or rows with completions"
         else:
             interval = f"difference {self.difference:+.4f}, 95 % interval {self.low:+.4f} to {self.high:+.4f}"
         return f"{_WORDS[self.verdict]} {other}: {numbers} ({interval})"
 
-    def document(self, version: str | None, other: str) -> dict[str, object]:
-        """Return the report's entry. `other` is the name of what `tuned` was compared with.
+    def document(self, version: str | None, other: str, rows: str = "held-out") -> dict[str, object]:
+        """Return the report's entry. `other` and `rows` are as in `sentence`.
 
         `version` is the compared version, or None for the base.
         """
@@ -92,7 +95,7 @@ class Comparison:
             **vars(self),
             "difference": self.difference,
             "verdict": self.verdict,
-            "summary": self.sentence(other),
+            "summary": self.sentence(other, rows),
         }
 
 

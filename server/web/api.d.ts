@@ -215,6 +215,10 @@ interface RowCounts {
   validation_truncated: number;
   /** held-out rows that are also training rows */
   overlap: number;
+  test_digest?: string | null;
+  test_rows?: number;
+  /** test rows that are also training or held-out rows */
+  test_overlap?: number;
   /** rows split into windows that count as rows */
   split?: number;
   /** rows too long for max_length */

@@ -86,6 +86,7 @@ export const FURTHER = [
     empty: "all-linear",
     isText: true,
   },
+  { part: "", name: "test", label: "Test share", hint: "rows measured only at the end", empty: "0" },
   { part: "", name: "alias", label: "Alias", hint: "such as prod", isText: true },
   { part: "", name: "description", label: "Description", isText: true },
 ];
@@ -127,6 +128,7 @@ export function formOf(config) {
     start_from,
     start_from_digest,
     publish_if,
+    test,
     alias,
     ...rest
   } = config;
@@ -156,6 +158,7 @@ export function formOf(config) {
     rest: given({
       ...rest,
       validation: isShare || validation === "rows" ? null : validation, // rows of the request aren't kept
+      test: test === 0 || test === "rows" ? null : test,
       lora: given(shape),
       training: given(loop),
     }),

@@ -37,6 +37,12 @@ export function Card({ report, points }) {
     ${report.description ? html`<p>${report.description}</p>` : null}
     ${report.evaluation ? null : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`}
     <${Measures} held=${report.evaluation} recall=${report.recall ?? null} />
+    ${
+      report.test
+        ? html`<p>On test rows, by which nothing was chosen: ${report.test.comparison?.summary ?? "nothing to compare"}.</p>
+            <${Measures} held=${report.test} recall=${null} kind="test row" />`
+        : null
+    }
     <${Trust} reports=${report.decisions ?? {}} />
     <dl>
       <dt>Method</dt>
@@ -72,13 +78,16 @@ function answersOf({ evaluation: held, recall }) {
   return `Right on ${rightOf(share, held.num_rows)} held-out rows, which it never saw${than}${trained}.`;
 }
 
-/** @param {{held: any, recall: any}} props what was measured on held-out rows and on trained ones; null: not measured */
-function Measures({ held, recall }) {
+/**
+ * @param {{held: any, recall: any, kind?: string}} props what was measured on held-out rows, or on rows of the `kind`, and
+ * on trained ones; null: not measured
+ */
+function Measures({ held, recall, kind = "held-out row" }) {
   if (!held && !recall) return null;
   const has = (/** @type {any} */ value) => value !== null && value !== undefined;
   const columns = COLUMNS.filter(([name]) => has(held?.[name]) || has(recall?.num_right[name]));
-  const rows = held ? `On ${plural(held.num_rows, "held-out row")}` : "On trained rows";
-  return html`<${Table} label="What was measured" columns=${[rows, ...columns.map(([, words]) => `#${words}`)]}>
+  const rows = held ? `On ${plural(held.num_rows, kind)}` : "On trained rows";
+  return html`<${Table} label=${kind === "test row" ? "What was measured on test rows" : "What was measured"} columns=${[rows, ...columns.map(([, words]) => `#${words}`)]}>
       ${MEASURES.filter(([name]) => columns.some(([of]) => has(held?.[of]?.[name]))).map(
         ([name, words, format]) =>
           html`<tr>

@@ -14,10 +14,11 @@ const MOST_ROWS = 5000; // all of them are read for the few that are shown
  * @param {AbortSignal} signal
  * @returns {Promise<Sample[]>}
  */
-async function samplesOf({ name, config: { dataset, validation, training }, data }, signal) {
+async function samplesOf({ name, config: { dataset, validation, test, training }, data }, signal) {
   if (!dataset || validation === "rows" || !data || data.rows + data.validation_rows > MOST_ROWS) return [];
   const { max_length, overlong } = training ?? {}; // which decide what becomes of long rows
-  const json = { name, dataset, validation: validation ?? null, training: { max_length, overlong } };
+  const aside = test && test !== "rows" ? { test } : {};
+  const json = { name, dataset, validation: validation ?? null, ...aside, training: { max_length, overlong } };
   /** @type {DryRun} */
   const found = await ask("POST", "/train?dry_run=true", { json, signal });
   const isSame = found.data.digest === data.digest && found.data.validation_digest === data.validation_digest;

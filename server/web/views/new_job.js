@@ -280,6 +280,7 @@ function Preview({ dry }) {
   const facts = [
     `${plural(data.rows, "row")} with ${plural(data.trained_tokens, "trained-on token")} of ${count(data.tokens)}`,
     `${plural(data.validation_rows, "row")} held out`,
+    ...(data.test_rows ? [plural(data.test_rows, "test row")] : []),
     `${plural(dry.steps, "step")}: about ${duration(estimate.seconds)}`,
     ...(data.truncated ? [`${plural(data.truncated, "row is", "rows are")} cut`] : []),
   ].join("; ");

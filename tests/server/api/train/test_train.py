@@ -71,7 +71,7 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
         "started_at": None,
         "finished_at": None,
         "files_removed_at": None,
-        "config": {**CONFIG, "dataset": None, "validation": 0.1},
+        "config": {**CONFIG, "dataset": None, "validation": 0.1, "test": 0},
         "data": {
             "digest": job["data"]["digest"],
             "rows": 16,
@@ -82,6 +82,9 @@ async def test_a_body_of_name_and_data(client: httpx.AsyncClient, tmp_path: Path
             "validation_rows": 4,
             "validation_truncated": 0,
             "overlap": 0,
+            "test_digest": None,
+            "test_rows": 0,
+            "test_overlap": 0,
             "split": 0,
             "dropped": 0,
             "lost_tokens": 0,
@@ -134,6 +137,7 @@ async def test_everything_said(client: httpx.AsyncClient) -> None:
         "training": training | {"auto_epochs": False},
         "dataset": None,
         "validation": 0.25,
+        "test": 0,
     }
     assert job["progress"]["total_steps"] == 7
     assert job["data"]["validation_rows"] == 7
@@ -167,6 +171,44 @@ async def test_what_is_held_out(client: httpx.AsyncClient, count: int, validatio
     assert (data["validation_digest"] is None) == (expected == 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "overlap"),
+    [({}, 0, 0), ({"test": 0.5}, 7, 0), ({"test": 0.5, "validation": ROWS[:3]}, 7, 0), ({"test": ROWS[:3]}, 3, 3)],
+)
+async def test_what_is_set_aside_for_the_end(
+    client: httpx.AsyncClient, given: dict[str, object], expected: int, overlap: int, tmp_path: Path
+) -> None:
+    """A share is disjoint from both other parts, and leaves a share for validation as it is."""
+    job = (await client.post("/train", json=train_body(data=ROWS[:20], **given))).json()
+    data, test = job["data"], given.get("test", 0)
+    assert (data["test_rows"], data["test_overlap"]) == (expected, overlap)
+    assert job["config"]["test"] == ("rows" if isinstance(test, list) else test)
+    stored = JobData.load(tmp_path / "jobs" / job["id"])
+    parts = [stored.train, stored.validation or (), () if stored.test is None else stored.test.examples]
+    assert [len(part) for part in parts] == [data["rows"], data["validation_rows"], expected]
+    rows = [tuple(example.token_ids) for part in parts for example in part]
+    assert len(set(rows)) == 20 if overlap == 0 else len(rows) == 23
+    without = (await client.post("/train", json=train_body(data=ROWS[:20], **{**given, "test": 0}))).json()["data"]
+    assert data["validation_digest"] == without["validation_digest"]
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (True, "a share to hold out, rows, or a data set's id"),
+        (1, "at least 0 and below 1"),
+        ([], "has no rows"),
+        (0.95, "must be below 1 together"),
+    ],
+)
+async def test_an_invalid_part_for_the_end(client: httpx.AsyncClient, test: object, message: str) -> None:
+    response = await client.post("/train", json=train_body(test=test))
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error["loc"] == ["test"]
+    assert message in error["message"]
+
+
 async def test_data_sets_instead_of_rows(client: httpx.AsyncClient) -> None:
     ids = []
     for rows in (ROWS[:12], ROWS[10:15]):
@@ -177,6 +219,11 @@ async def test_data_sets_instead_of_rows(client: httpx.AsyncClient) -> None:
     assert (job["config"]["dataset"], job["config"]["validation"]) == (ids[0], ids[1])
     inline = (await client.post("/train", json=train_body(data=ROWS[:12], validation=ROWS[10:15]))).json()
     assert inline["data"] == job["data"]
+    body = train_body(data=None, dataset=ids[0], test=ids[1], validation=0)
+    tested = (await client.post("/train", json=body)).json()
+    assert tested["data"]["test_digest"] == job["data"]["validation_digest"]
+    assert (tested["data"]["test_rows"], tested["data"]["test_overlap"]) == (5, 2)
+    assert (await client.delete(f"/datasets/{ids[1]}")).status_code == 409
 
 
 @pytest.mark.parametrize("field", ["dataset", "validation"])

@@ -18,6 +18,7 @@ from server.training.rows import (
     default_share,
     hold_out,
     overlap,
+    set_aside,
 )
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=40)
@@ -94,6 +95,27 @@ def test_by_hand() -> None:
     assert split(texts, 0.14)[1] == ["2"]
 
 
+@given(st.lists(st.text("abcdefg", min_size=1), min_size=16, max_size=40), *[st.floats(0.01, 0.45)] * 2)
+def test_test_rows_have_the_highest_hashes(texts: list[str], share: float, validation: float) -> None:
+    """They are none of the rows that are held out for validation, which have the lowest."""
+    assume(len(set(texts)) > 3)
+    high = {text for text in texts if Fraction(int(digest(text), 16), 2**256) >= Fraction(1 - share)}
+    high |= {max(texts, key=digest)}
+    assume(len(set(texts) - high) > 1)
+    others, test = set_aside(CanonicalRows.of(TextRow(text) for text in texts), share, validation)
+    assert [row.text for row in test if isinstance(row, TextRow)] == [text for text in texts if text in high]
+    left = [row.text for row in others if isinstance(row, TextRow)]
+    assert left == [text for text in texts if text not in high]
+    assert split(left, validation)[1] == [row for row in split(texts, validation)[1] if row not in high]
+
+
+@pytest.mark.parametrize(("texts", "share", "validation"), [(["a", "a"], 0.1, 0.0), (["a", "b", "c"], 0.5, 0.5)])
+def test_test_rows_leave_some_to_train_on(texts: list[str], share: float, validation: float) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        set_aside(CanonicalRows.of(TextRow(text) for text in texts), share, validation)
+    assert caught.value.errors[0].loc == ("test",)
+
+
 def test_none() -> None:
     assert split(["a"], 0) == (["a"], [])
     assert split([], 0) == ([], [])
@@ -119,5 +141,5 @@ def test_the_default_share() -> None:
 def test_overlap_counts_validation_rows() -> None:
     train = CanonicalRows.of([TextRow("a"), TextRow("a"), CompletionRow("a", "b")])
     validation = CanonicalRows.of([TextRow("a"), TextRow("b"), CompletionRow("a", "b"), TextRow("a")])
-    assert overlap(train, validation) == 3
+    assert overlap(validation, train) == 3
     assert overlap(*hold_out(train, 0.3)) == 0

@@ -99,7 +99,11 @@ def test_few_rows_have_only_an_accuracy() -> None:
 
 def test_questions_that_were_not_measured() -> None:
     data = decision_data([0, 1, 2])
-    nothing = {"num_rows": 0, "summary": "No held-out row was measured, so its quality is unknown."}
+    nothing = {
+        "rows": "held-out",
+        "num_rows": 0,
+        "summary": "No held-out row was measured, so its quality is unknown.",
+    }
     assert question_reports(data, {"base": None, "tuned": None}) == {"team": nothing}
     assert reports(data, [()] * 3) == {"team": nothing}
     assert question_reports(replace(data, decisions=None), {"base": None, "tuned": None}) is None
