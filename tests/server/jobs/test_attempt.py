@@ -185,8 +185,8 @@ def after_measuring_latest(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], 
     numbers = itertools.count(1)
     measure = Run.measure
 
-    def measure_and_do(run: Run, weights: LoraWeights) -> Scores:
-        found = measure(run, weights)
+    def measure_and_do(run: Run, weights: LoraWeights, *more: Any) -> Scores:
+        found = measure(run, weights, *more)
         if weights.modules:  # not the base
             do(next(numbers))
         return found
@@ -326,10 +326,10 @@ def test_an_unusable_latest_version_fails_no_finished_job(
     data = job_data(tiny_base)
     measure = Run.measure
 
-    def measure_or_fail(run: Run, weights: LoraWeights) -> Scores:
+    def measure_or_fail(run: Run, weights: LoraWeights, *more: Any) -> Scores:
         if weights.modules and fault == "no memory":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return measure(run, weights)
+        return measure(run, weights, *more)
 
     def refuse(library: Library, terms: object, field: str = "adapter") -> NoReturn:
         raise Conflict("codes@1 was made for another base")
@@ -363,10 +363,10 @@ def test_a_parent_that_cannot_be_measured(
     shop.submit(spec, job_data(tiny_base))
     measure = Run.measure
 
-    def fail(run: Run, weights: LoraWeights) -> Scores:
+    def fail(run: Run, weights: LoraWeights, *more: Any) -> Scores:
         if weights.modules:
             raise MemoryError
-        return measure(run, weights)
+        return measure(run, weights, *more)
 
     monkeypatch.setattr(Run, "measure", fail)
     shop.attempt()
