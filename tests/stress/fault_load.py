@@ -83,10 +83,19 @@ class Load:
 
     def all_jobs(self, project: str) -> list[str]:
         """Return all accepted jobs, including those whose response was lost."""
+        return [job["id"] for job in self.pages(project, "/train?limit=100", "jobs")]
+
+    def all_versions(self, project: str, name: str) -> list[dict[str, Any]]:
+        """Return all versions of an adapter, oldest first."""
+        found = self.pages(project, f"/adapters/{name}?limit=100", "versions")
+        return sorted(found, key=lambda version: version["version"])
+
+    def pages(self, project: str, path: str, field: str) -> list[dict[str, Any]]:
+        """Return what all pages of a list have in `field`."""
         found, after = [], ""
         while True:
-            page = self.get(project, f"/train?limit=100{after}")
-            found += [job["id"] for job in page["jobs"]]
+            page = self.get(project, path + after)
+            found += page[field]
             if page["next"] is None:
                 return found
             after = f"&after={page['next']}"
@@ -177,7 +186,8 @@ def check(load: Load) -> list[str]:
         num_ends = sum(event["message"].startswith("succeeded") for event in events)
         log.jobs.append(Ran(project, job_id, load.get(project, f"/train/{job_id}")["status"], num_ends))
     for project in PROJECTS:
-        listed = {adapter["name"]: adapter["versions"] for adapter in load.get(project, "/adapters")["adapters"]}
+        names = [adapter["name"] for adapter in load.get(project, "/adapters")["adapters"]]
+        listed = {name: load.all_versions(project, name) for name in names}
         log.job_versions += [(project, version["job_id"]) for version in listed.get("codes", [])]
         for version in listed.get("up", []):
             log.stored.append(Published(project, "up", version["version"], version["digest"]))
