@@ -285,13 +285,15 @@ async def get_own_key(services: ServicesDep) -> Response:
     """
     who = services.principal
     key = services.access.ring.with_id(who.key_id)
-    answer = OwnKeyAnswer(
-        id=who.key_id,
-        name="" if key is None else key.name,
-        project=who.project,
-        scopes=[scope for scope in SCOPES if scope in who.scopes],
-        expires_at=None if key is None else key.expires_at,
-        **vars(who.quota),
+    answer = OwnKeyAnswer.model_validate(
+        {
+            "id": who.key_id,
+            "name": "" if key is None else key.name,
+            "project": who.project,
+            "scopes": [scope for scope in SCOPES if scope in who.scopes],
+            "expires_at": None if key is None else key.expires_at,
+            **vars(who.quota),
+        }
     )
     return wire.answer(answer)
 
