@@ -127,17 +127,22 @@ class BucketAdapterStore(AdapterStore):
             super().verify(digest)
 
     def verify_stored(self, digest: str) -> None:
-        copy = self._deletions.live(digest)
-        if copy is None:
+        """Verify all of the bucket's copies that `load` may use.
+
+        Copies with tombstones count if there are no others: a sweep keeps them as long as the catalog wants them.
+        """
+        copies = self._copies.whole(digest)
+        for copy in self._deletions.without_tombstones(digest, copies) or copies:
+            temporary, hold = self._temporary()
+            try:
+                self._fetch(copy, temporary)
+            except Missing:
+                raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete") from None
+            finally:
+                os.close(hold)
+                store.delete_folders([temporary])
+        if not copies:
             raise CorruptAdapter(f"the stored adapter {digest[:12]} is missing")
-        temporary, hold = self._temporary()
-        try:
-            self._fetch(copy, temporary)
-        except Missing:
-            raise CorruptAdapter(f"the stored adapter {digest[:12]} is incomplete") from None
-        finally:
-            os.close(hold)
-            store.delete_folders([temporary])
 
     def upload(self, digest: str) -> None:
         """Upload this machine's copy, if the bucket has none.
@@ -155,8 +160,19 @@ class BucketAdapterStore(AdapterStore):
         """Return the digests that have a whole copy without a tombstone in the bucket."""
         return self._deletions.digests()
 
+    def incomplete(self) -> list[str]:
+        return [f"bytes/{copy.folder}/{copy.id}" for copy in self._deletions.forgotten()]
+
     def is_whole(self, digest: str) -> bool:
+        """Return whether there is a whole copy without a tombstone. Otherwise, a publisher has to upload one."""
         return self._deletions.live(digest) is not None
+
+    def is_being_published(self, digest: str) -> bool:
+        """Return whether a process is publishing the bytes, on any machine.
+
+        If that process was killed, this is true until a sweep has settled its doubt.
+        """
+        return self._deletions.is_doubted(digest) or super().is_being_published(digest)
 
     def doubt(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -318,6 +334,26 @@ class _Deletions:
         """
         buried = self._buried(digest)
         return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)
+
+    def without_tombstones(self, digest: str, copies: Iterable[Copy]) -> list[Copy]:
+        """Return the digest's copies, among `copies`, that have no tombstone."""
+        buried = self._buried(digest)
+        return [copy for copy in copies if copy.id not in buried]
+
+    def is_doubted(self, digest: str) -> bool:
+        """Return whether there is a doubt about the digest, by any process."""
+        return bool(self._doubts.listed(f"{digest}/"))
+
+    def forgotten(self) -> list[Copy]:
+        """Return the incomplete copies without a doubt and without a tombstone: no sweep removes these."""
+        found: list[Copy] = []
+        for copy in self._copies.all():
+            digest = copy.folder
+            if copy.is_whole or copy.id in self._buried(digest) or self.is_doubted(digest):
+                continue
+            # listed again: its upload may have ended, and the doubt with it
+            found += [now for now in self._copies.of(digest) if now.id == copy.id and not now.is_whole]
+        return found
 
     def _buried(self, digest: str) -> set[str]:
         return {stored.key.split("/")[1] for stored in self._tombstones.listed(f"{digest}/")}

@@ -334,6 +334,9 @@ class AdapterStore:
 
     def verify_stored(self, digest: str) -> None:
         """Verify as `verify` does: not this machine's cached copy, but the bytes that all machines share."""
+        if not self.is_whole(digest):
+            state = "incomplete" if self._place(digest).exists() else "missing"
+            raise CorruptAdapter(f"the stored adapter {digest[:12]} is {state}")
         self.verify(digest)
 
     def open(self, digest: str) -> dict[str, BinaryIO]:
@@ -415,6 +418,13 @@ class AdapterStore:
         """
         with self._locked():
             return sorted(path.name for path in self._abandoned())
+
+    def incomplete(self) -> list[str]:
+        """Return the names, as "bytes/<digest>/<copy>", of incomplete copies in a bucket that no sweep removes.
+
+        A directory has none: what is incomplete there is among the `leftovers`.
+        """
+        return []
 
     def is_whole(self, digest: str) -> bool:
         """Return whether the adapter is stored, and its files have their full sizes."""

@@ -115,16 +115,17 @@ def doctor(
 ) -> None:
     """Check the database and all stored adapters, data sets and files, and that the database lists what is stored.
 
-    Every byte in an object store (SMOLORA_BYTES_URL) is fetched.
+    With SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL, this is PostgreSQL and an object store, every byte of which is
+    fetched. Servers may be running, except with --rebuild.
     """
     with exempt_from_gc():
         from server.operations import doctor as checks
 
-    refuse_server("doctor", "use pg_amcheck")
-    storage = storage_of(home)
+    url = load(WorkerSettings, home=home).database
+    storage = storage_of(home) if url is None else _used_with(url, home, may_be_empty=rebuild)
     place, bucket = storage.home.path, storage.bucket
-    rebuilt = checks.rebuild(place, bucket) if rebuild else None
-    found = checks.examine(place, bucket)
+    rebuilt = checks.rebuild(place, bucket, url) if rebuild else None
+    found = checks.examine(place, bucket, url)
     if as_json:
         print_json(asdict(found) | {"is_sound": found.is_sound, "rebuilt": asdict(rebuilt) if rebuilt else None})
     else:
@@ -135,13 +136,26 @@ def doctor(
         for finding in found.findings:
             typer.echo(f"{finding.about}: {finding.message}")
         typer.echo(found.line())
-        if any(finding.about == "database" for finding in found.findings):
+        if url is None and any(finding.about == "database" for finding in found.findings):
             place_option = [] if home is None else ["--home", str(home)]
             typer.echo(
                 f"{suggestion('doctor', '--rebuild', *place_option)} makes a new database from the directories"
             )
     if not found.is_sound:
         raise typer.Exit(1)
+
+
+def _used_with(url: str, home: Path | None, *, may_be_empty: bool) -> "Storage":
+    """Return the storage of the PostgreSQL database at `url`.
+
+    Raise StartupError if the database belongs to another storage, or if it is unused, unless `may_be_empty`.
+    """
+    from server.database import refuse_unused
+
+    if not may_be_empty:
+        refuse_unused(url)
+    with opened(home, lambda engine, _: storage_for(engine, home)) as storage:
+        return storage
 
 
 group = typer.Typer(

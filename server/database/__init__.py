@@ -31,6 +31,7 @@ from server.database.opening import (
     is_file,
     records_of,
     refuse_in_use,
+    refuse_unused,
     silence_of,
     without_writers_lock,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "opened_copy",
     "records_of",
     "refuse_in_use",
+    "refuse_unused",
     "schema_of",
     "set_aside",
     "silence_of",

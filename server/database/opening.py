@@ -149,6 +149,16 @@ def refuse_in_use(url: str) -> None:
         time.sleep(0.1)
 
 
+def refuse_unused(url: str) -> None:
+    """Raise StartupError if no server has started with the PostgreSQL database yet. The database isn't changed."""
+    try:
+        from server.database.postgres import has_place
+    except ImportError as error:
+        raise _lacks_psycopg(error) from None
+    if not has_place(url):
+        raise StartupError("SMOLORA_DATABASE_URL: no server has used this database yet: is it the right one?")
+
+
 def commits_of(engine: sa.Engine, home: Path) -> Callable[[], int]:
     """Return a function whose result changes whenever any process commits. A call takes microseconds."""
     if is_file(engine):

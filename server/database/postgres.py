@@ -303,6 +303,21 @@ def num_sessions(url: str) -> int:
     return int(row[0])
 
 
+def has_place(url: str) -> bool:
+    """Return whether a server has used the database, and recorded where its adapters and data are.
+
+    Raise StartupError if the database can't be reached.
+    """
+    try:
+        with _opener(url)() as connection:
+            row = connection.execute("SELECT to_regclass('bytes_place')").fetchone()
+            if row is None or row[0] is None:
+                return False
+            return connection.execute("SELECT 1 FROM bytes_place").fetchone() is not None
+    except psycopg.Error as error:
+        raise StartupError(f"SMOLORA_DATABASE_URL: {_without_password(str(error), url)}") from None
+
+
 class _Pool(QueuePool):
     """A pool of connections. After the engine is disposed of, each connection is closed when it is returned."""
 

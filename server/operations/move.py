@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from adapters.catalog import tables as catalog
 from adapters.catalog.catalog import Catalog
 from adapters.errors import CorruptAdapter, Unavailable
 from adapters.names import DEFAULT_PROJECT, Viewpoint
@@ -31,7 +30,6 @@ from adapters.storage.copies import Copies, Copy
 from adapters.storage.durable import new_file, sync
 from adapters.store.bucket_store import BucketAdapterStore
 from adapters.store.store import AdapterStore
-from server.access import tables as access
 from server.access.keys import Keys
 from server.database import (
     agree,
@@ -47,7 +45,6 @@ from server.database.migrating import refuse_newer
 from server.database.opening import MOVING, place_in, put_place, refuse_elsewhere
 from server.database.rows import contents, copy_rows, refuse_rows
 from server.errors import StartupError
-from server.jobs import tables as queue
 from server.jobs.files import (
     CHECKPOINTS_NAME,
     LOG_NAME,
@@ -62,7 +59,7 @@ from server.jobs.files import (
 from server.jobs.jobs import Jobs
 from server.jobs.tables import Status
 from server.operations.backup import workspace
-from server.operations.doctor import examine
+from server.operations.doctor import TABLES, examine
 from server.operations.restore import filled, recover_jobs_and_records
 from server.storage.home import CHECKPOINT_COPY, MODEL_COPY, PLACES, PROJECTS, ROWS_COPY, Home, make, serving
 from server.storage.places import Storage
@@ -74,14 +71,6 @@ from server.training.job_data import DATA_NAME
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
-
-TABLES = [
-    table
-    for metadata in (catalog.metadata, access.metadata, queue.metadata)
-    for table in metadata.sorted_tables
-    if table is not access.changes  # a counter of the database itself
-]
-"""All tables to move, in an order in which they can be filled."""
 
 MOVED_TO_CLUSTER = "moved from a HOME, in which a worker had it"
 MOVED_TO_HOME = "moved from a cluster, in which a worker had it"
