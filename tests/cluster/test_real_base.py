@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.conftest import needs_ray
 from tests.cluster.kit import CACHES, publish
-from tests.cluster.test_answers import BODIES, answer, compared
+from tests.cluster.test_answers import BODIES, QUESTIONS, answer, compared
 from tests.cluster.whole import Whole
 from tests.end_to_end.server_process import ServerProcess
 from tests.end_to_end.training_client import code_rows, submit, succeeded
@@ -37,6 +37,13 @@ def test_the_real_base(tmp_path: Path, base_dir: Path) -> None:
             for client, (kind, fields) in zip(cycle((second, first)), bodies.items(), strict=False):
                 body = {"prompt": f"{kind}: 404 Not Found means", "max_tokens": 24, **fields}
                 assert compared(client.post("/generate", json=body)) == answer(single, body), kind
+            assert single.client.get("/ready").json()["backends"] == ["native"]
+            several = {"adapter": "left*0.5+codes", "input": ["502 Bad", "200 OK"], "questions": QUESTIONS}
+            expected = single.client.post("/decide", json=several)
+            for client in (first, second):
+                found = client.post("/decide", json=several)
+                assert found.status_code == expected.status_code == 200, found.text
+                assert found.json()["results"] == expected.json()["results"]
     finally:
         single.close()
         if whole is not None:
