@@ -143,8 +143,12 @@ def test_real_base_is_measured_as_by_a_training(trainer: ServerProcess) -> None:
     of_held_out = upload(trainer, held_out)
     training = {"max_steps": 40, "max_length": 64}
     body = {"name": "evaluated", "data": learnt, "validation": of_held_out, "lora": {"rank": 8}}
-    trained = succeeded(trainer, submit(trainer, **body, training=training), 300)
-    report = get(trainer, f"/train/{trained['id']}/report")["evaluation"]
+    trained = succeeded(trainer, submit(trainer, **body, training=training, test=of_held_out), 300)
+    whole = get(trainer, f"/train/{trained['id']}/report")
+    report = whole["evaluation"]
+    assert {name: whole["test"][name] for name in ("base", "tuned")} == {
+        name: report[name] for name in ("base", "tuned")
+    }
     job = findings(
         trainer,
         evaluate(trainer, adapters=["base", "evaluated@1", "evaluated@1*0.5"], datasets=[of_held_out]),
@@ -167,7 +171,10 @@ def test_decisions_are_measured_as_decide_answers(trainer: ServerProcess) -> Non
     """Accuracy and Brier score by plain formulas on the answers of /decide, with the stored temperature."""
     questions = {"team": QUESTION}
     body = {"name": "tickets", "data": TICKETS, "validation": TICKETS, "questions": questions, "lora": {"rank": 4}}
-    succeeded(trainer, submit(trainer, **body, training={"max_steps": 4, "max_length": 128}), 300)
+    training = {"max_steps": 4, "max_length": 128}
+    trained = succeeded(trainer, submit(trainer, **body, training=training, test=TICKETS), 300)
+    on_test = get(trainer, f"/train/{trained['id']}/report")["decisions"]["team"]
+    assert on_test["rows"] == "test"
     adapters = ["base", "tickets@1", "tickets@1*0.5"]
     job = findings(trainer, evaluate(trainer, adapters=adapters, datasets=[upload(trainer, TICKETS)]))
     for adapter in adapters:
@@ -185,6 +192,7 @@ def test_decisions_are_measured_as_decide_answers(trainer: ServerProcess) -> Non
         assert values(job, "accuracy")[adapter] == pytest.approx(sum(rights) / len(TICKETS))
         assert values(job, "brier")[adapter] == pytest.approx(sum(briers) / len(TICKETS), abs=1e-9)
     assert len(set(values(job, "brier").values())) == 3
+    assert on_test["tuned"]["brier"]["value"] == pytest.approx(values(job, "brier")["tickets@1"], abs=1e-9)
 
 
 @pytest.mark.real
