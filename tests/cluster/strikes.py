@@ -120,9 +120,11 @@ def kill_ray(part: Part) -> Callable[[Rounds], None]:
 def kill_up(rounds: Rounds) -> None:
     """Kill `up`, with which its API processes and workers end, and start it again."""
     begin_outages(rounds, rounds.whole.urls)
+    apis = rounds.whole.parts("api")  # they are no longer its children then
     rounds.whole.up.kill()
     rounds.whole.up.wait()
-    wait_until(lambda: not rounds.whole.parts("api"), 60, "API processes go on without up")
+    _, alive = psutil.wait_procs(apis, 60)
+    assert not alive, "API processes go on without up"
     rounds.whole.start_up()
     wait_until(rounds.whole.is_ready, 300, "up isn't back")
     end_outages(rounds)
