@@ -96,7 +96,7 @@ class Load:
         while True:
             page = self.get(project, path + after)
             found += page[field]
-            if page["next"] is None:
+            if page.get("next") is None:  # one adapter has the field only if there are more pages
                 return found
             after = f"&after={page['next']}"
 
