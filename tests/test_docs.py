@@ -57,6 +57,25 @@ def test_files_that_the_map_names_exist() -> None:
     assert [name for name in named if not any(file.endswith(f"/{name.rstrip('/')}") for file in known)] == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "CHANGELOG.md", "docs/settings.md", "docs/architecture.md"),
+        *("server/model/cuda/__init__.py", "server/engine/cuda_backend.py", "server/training/varlen.py"),
+    ],
+)
+def test_not_yet_run_on_a_gpu_is_said_until_there_is_a_report(name: str) -> None:
+    """Once docs/gpu.md is a report of `make gpu`, whose first line names the card, nothing may say so."""
+    report = ROOT / "docs" / "gpu.md"
+    has_run = report.exists()
+    if has_run:
+        card = report.read_text(encoding="utf-8").partition("\n")[0]
+        assert re.fullmatch(r"# \S.*, \d+ GiB; driver [\d.]+, CUDA [\d.]+, torch \d.*", card)
+    says_so = "not yet run on a gpu" in (ROOT / name).read_text(encoding="utf-8").lower()
+
+    assert says_so != has_run
+
+
 def _anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
