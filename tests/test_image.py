@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,16 +267,34 @@ def test_gpu_image_compiles_triton_launchers(services: Mapping[str, Any]) -> Non
     assert volume == "home-gpu:/data" or (volume["target"], volume["type"]) == ("/data", "volume")
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
-@pytest.mark.parametrize(
-    ("torch_stage", "compiler", "code"),
-    [("torch-cuda", "gcc", 0), ("torch-cuda", "false", 1), ("torch", "false", 0)],
+@pytest.mark.skipif(
+    shutil.which("gcc") is None or find_spec("triton") is None, reason="needs gcc and the package triton"
 )
-def test_gpu_build_ends_without_pythons_headers(torch_stage: str, compiler: str, code: int) -> None:
-    (check,) = re.findall(r'^RUN (\[ "\$TORCH" != torch-cuda \] \|\| ! .*)$', DOCKERFILE, re.MULTILINE)
-    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["sh", "-c", check.replace("gcc -x", f"{compiler} -x")]
-    assert subprocess.run(command, env={"PATH": python, "TORCH": torch_stage}, check=False).returncode == code
+@pytest.mark.parametrize(
+    ("torch_stage", "part", "replacement", "builds"),
+    [
+        ("torch-cuda", "gcc ", "gcc ", True),
+        ("torch-cuda", "gcc ", "false ", False),
+        ("torch-cuda", '"-I$headers"', "", False),
+        ("torch-cuda", '"-I$nvidia/include"', "", False),
+        ("torch-cuda", 'find_spec("triton")', 'find_spec("no_triton")', False),
+        ("torch", "gcc ", "false ", True),
+    ],
+)
+def test_gpu_build_fails_without_what_triton_needs(
+    torch_stage: str, part: str, replacement: str, builds: bool, tmp_path: Path
+) -> None:
+    """The build compiles the code with which the installed Triton loads and launches kernels."""
+    *_, last = DOCKERFILE.split("\nFROM ")
+    (check,) = re.findall(r"^RUN ((?:.*\\\n)+.*driver\.so; })$", last, re.MULTILINE)
+    assert last.index("COPY --from=build /opt/venv") < last.index(check)
+    assert "|| echo" not in last
+    assert part in check
+    check = check.replace(part, replacement)
+    check = check.replace("/tmp/", f"{tmp_path}/").replace("/opt/venv/bin/python3", sys.executable)
+    done = subprocess.run(["sh", "-c", check], env={**os.environ, "TORCH": torch_stage}, check=False)
+    assert (done.returncode == 0) is builds
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_image_user_can_read_copied_files() -> None:
