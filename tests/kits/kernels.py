@@ -310,6 +310,14 @@ SEQUENCES = ((0, 13), (300, 1), (37, 1), (255, 7), (511, 1), (512, 1), (250, 12)
 """The first new position of each sequence, and how many new tokens it has."""
 
 
+def _dot_by_16(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    """Return acc + a (tokens, heads, n) b (heads, n, m). Each 16 terms are rounded once, to fp32."""
+    for first in range(0, a.shape[-1], 16):
+        terms = slice(first, first + 16)
+        acc = (torch.einsum("thn,hnm->thm", a[..., terms].double(), b[:, terms].double()) + acc).float()
+    return acc
+
+
 def attention_by_blocks(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -338,15 +346,16 @@ def attention_by_blocks(
             acc = torch.zeros_like(queries)
             for start in range(split, min(split + 256, position + tokens), 32):
                 seen = slice(start, min(start + 32, position + tokens))
-                scores = torch.einsum("thd,phd->thp", queries, keys[seen]) * scale
+                scores = _dot_by_16(queries, keys[seen].permute(1, 2, 0), torch.zeros(())) * scale
                 scores = scores.masked_fill(torch.arange(seen.start, seen.stop) > last, low)
                 new_top = torch.maximum(top, scores.amax(-1))
                 finite = new_top.masked_fill(new_top == low, 0.0)
                 e = torch.exp2(scores - finite[..., None])
                 shrink = torch.exp2(top - finite)
                 total = total * shrink + e.sum(-1)
-                added = torch.einsum("thp,phd->thd", e.to(v_cache.dtype).float(), values[seen])
-                acc, top = acc * shrink[..., None] + added, new_top
+                weights = e.to(v_cache.dtype).float()
+                acc = _dot_by_16(weights, values[seen].transpose(0, 1), acc * shrink[..., None])
+                top = new_top
             parts.append(torch.where(total > 0, 1 / total, 0.0)[..., None] * acc)
             lses.append(torch.where(total > 0, top + total.log2(), low))
         weights = torch.exp2(torch.stack(lses) - torch.stack(lses).amax(0))[..., None]
