@@ -102,6 +102,31 @@ def test_a_rising_held_out_loss_is_reported(
         expect(verdict).to_contain_text("(3 rows: too few to tell)" if num_rows == 3 else "(40 rows)")
 
 
+def test_a_held_out_share_that_strays_is_explained(server: ServerProcess, browser: Browser, job: str) -> None:
+    """Also by a dry run, which is the first to show how many rows are held out."""
+    data = {"rows": 29, "validation_rows": 11, "trained_tokens": 100}
+    sentence = "11 of 40 rows are held out, not 4: each row's text decides its side"
+    for share, validation_rows, is_explained in ((0.1, 11, True), (0.1, 5, False), ("rows", 11, False)):
+        with page_of(browser, server.url) as page:
+            counts = data | {"validation_rows": validation_rows}
+            report = overfitted(11) | {"config": {"validation": share}, "data": counts}
+            pretend(page, server, job, report, adapter=None)
+            page.goto(f"{server.url}/#/train/{job}")
+            shown = page.locator(".reported")
+            expect(shown).to_contain_text("On 11 held-out rows")
+            expect(shown.get_by_text(sentence)).to_have_count(int(is_explained))
+    with page_of(browser, f"{server.url}/#/train/new") as page:
+        drop(page, ".drop", {"codes.jsonl": JSONL})
+
+        def strayed(route: Route) -> None:
+            dry = route.fetch().json()
+            route.fulfill(json=dry | {"data": dry["data"] | data, "config": dry["config"] | {"validation": 0.1}})
+
+        page.route("**/train?dry_run=true", strayed)
+        page.get_by_role("button", name="Dry run").click()
+        expect(page.get_by_role("status", name="Dry run")).to_contain_text(sentence)
+
+
 def test_verdicts_and_recall(server: ServerProcess, browser: Browser, job: str) -> None:
     """Versions are compared on the same rows; a parent that is the latest version is named once."""
     against_base = {

@@ -37,6 +37,7 @@ export function Card({ report, points }) {
     ${report.description ? html`<p>${report.description}</p>` : null}
     ${report.evaluation ? null : html`<p class="muted">No rows were held out, so its quality on new rows wasn't measured.</p>`}
     <${Measures} held=${report.evaluation} recall=${report.recall ?? null} />
+    <${Split} data=${report.data} share=${report.config?.validation} />
     ${
       report.test
         ? html`<p>On test rows, by which nothing was chosen: ${report.test.comparison?.summary ?? "nothing to compare"}.</p>
@@ -76,6 +77,22 @@ function answersOf({ evaluation: held, recall }) {
     ? `, and ${count(recall.num_right.tuned)} of ${plural(recall.num_rows, "trained row")}`
     : "";
   return `Right on ${rightOf(share, held.num_rows)} held-out rows, which it never saw${than}${trained}.`;
+}
+
+const STRAY = 0.25; // held-out rows this much fewer or more than the share of the rows, as a share of them
+
+/**
+ * Why more or fewer rows are held out than the share says. Large data sets don't stray.
+ * @param {{data?: RowCounts, share: unknown}} props `share`: of the rows; anything else isn't explained
+ */
+export function Split({ data, share }) {
+  if (!data?.validation_rows || typeof share !== "number") return null;
+  const total = data.rows + data.validation_rows;
+  const expected = Math.max(1, Math.round(share * total));
+  if (Math.abs(data.validation_rows - expected) <= STRAY * expected) return null;
+  return html`<p class="muted">
+    ${count(data.validation_rows)} of ${count(total)} rows are held out, not ${count(expected)}: each row's text decides its side, so a few rows can stray from the share.
+  </p>`;
 }
 
 /**

@@ -9,6 +9,7 @@ import { go, to } from "../lib/route.js";
 import { key, perKey } from "../lib/session.js";
 import { useStore } from "../lib/store.js";
 import { Careful, Fault, Form, NumberField, SelectField, TextField, Warnings } from "../parts/basics.js";
+import { Split } from "../parts/card.js";
 import { DropZone } from "../parts/drop.js";
 import { Settings } from "../parts/settings.js";
 
@@ -287,6 +288,7 @@ function Preview({ dry }) {
   return html`<section aria-label="Dry run" class="preview" role="status">
     <h3>Nothing is trained yet. This would be:</h3>
     <p>${facts}</p>
+    <${Split} data=${data} share=${dry.config["validation"]} />
     <${Warnings} warnings=${dry.warnings} />
     <p class="legend">
       The first ${dry.preview.length} of ${count(data.rows)}. Trained-on text is marked, the rest is only read; tokens in ${"<|…|>"} are
