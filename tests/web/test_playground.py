@@ -307,9 +307,16 @@ def test_earlier_runs_are_kept_and_exported(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_code_does_what_the_page_does(page: Page, is_chat: bool) -> None:
+    """It asks for the answer of each column, or of the only one."""
     ask(page, 'it\'s "so"', "plain*0.5", 6, is_chat)
-    (shown,) = texts(page, "plain*0.5")
+    columns = [texts(page, name)[0] for name in ("base", "plain*0.5")]
     page.get_by_role("button", name="View code").click()
+    run_code(page, columns)
+    page.get_by_role("group", name="Answered side by side").get_by_label("base").uncheck()
+    run_code(page, columns[1:])
+
+
+def run_code(page: Page, columns: list[str]) -> None:
     code = page.get_by_role("region", name="Code")
     for language in ("curl", "Python", "openai"):
         page.get_by_role("button", name=language, exact=True).click()
@@ -317,8 +324,11 @@ def test_code_does_what_the_page_does(page: Page, is_chat: bool) -> None:
         source = code.inner_text()
         command = ["bash", "-c", source] if language == "curl" else [sys.executable, "-c", source]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        text = json.loads(printed)["choices"][0]["text"] if language == "curl" else printed[:-1]
-        assert text == shown, language
+        if language == "curl":
+            answers = [json.loads(line)["choices"][0]["text"] for line in printed.splitlines()]
+            assert answers == columns, language
+        else:
+            assert printed == "".join(f"{text}\n" for text in columns), language
 
 
 def test_each_column_is_a_thread(server: ServerProcess, page: Page) -> None:

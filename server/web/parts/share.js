@@ -26,59 +26,68 @@ function python(value) {
   return JSON.stringify(value); // of strings and numbers alone
 }
 
-/** @param {Record<string, unknown>} fields @param {(name: string, value: unknown) => string} line */
-const lines = (fields, line) =>
-  Object.entries(fields)
-    .map(([name, value]) => `    ${line(name, value)},\n`)
-    .join("");
-
 /**
- * A program that asks for the answer of `adapter`. The key isn't in it, but the name of a variable that has it.
+ * A program that asks for the answer of each adapter. The key isn't in it, but the name of a variable that has it.
  * @param {typeof LANGUAGES[number]} language
  * @param {Request} request
- * @param {string} adapter
+ * @param {string[]} adapters
  * @param {boolean} hasKey
  */
-export function codeOf(language, request, adapter, hasKey) {
+function codeOf(language, request, adapters, hasKey) {
   const { prompt, sampling } = parts(request);
-  const body = { ...prompt, adapter, ...sampling };
-  const field = (/** @type {string} */ name, /** @type {unknown} */ value) =>
-    `${JSON.stringify(name)}: ${python(value)}`;
   if (language === "curl") {
-    const json = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
     const header = hasKey ? '  -H "Authorization: Bearer $SMOLORA_API_KEY" \\\n' : "";
-    return `curl ${linkTo("generate")} \\\n${header}  -H "Content-Type: application/json" \\\n  -d '${json}'\n`;
+    const call = (/** @type {string} */ adapter) => {
+      const json = JSON.stringify({ ...prompt, adapter, ...sampling }, null, 2).replaceAll("'", "'\\''");
+      return `curl ${linkTo("generate")} \\\n${header}  -H "Content-Type: application/json" \\\n  -d '${json}'\n`;
+    };
+    return adapters.map(call).join("echo\n");
   }
+  const [first = ""] = adapters;
+  const isOne = adapters.length === 1;
+  // a loop over the adapters, unless there is only one
+  const each = (/** @type {string} */ code) =>
+    isOne ? code : `for adapter in ${python(adapters)}:\n${code.replace(/^(?=.)/gm, "    ")}`;
+  const named = (/** @type {object} */ fields) =>
+    Object.entries(fields).map(([name, value]) => /** @type {const} */ ([name, python(value)]));
+  const own = isOne ? python(first) : "adapter";
+  const lines = (
+    /** @type {Iterable<readonly [string, string]>} */ fields,
+    /** @type {string} */ between,
+    quotes = "",
+  ) => [...fields].map(([name, value]) => `    ${quotes}${name}${quotes}${between}${value},\n`).join("");
   if (language === "Python") {
     const header = hasKey ? 'headers = {"Authorization": f"Bearer {os.environ[\'SMOLORA_API_KEY\']}"}\n' : "";
-    return `${hasKey ? "import os\n\n" : ""}import httpx
-
-body = {
-${lines(body, field)}}
-${header}response = httpx.post("${linkTo("generate")}", json=body, ${hasKey ? "headers=headers, " : ""}timeout=60)
+    const body = lines([...named(prompt), ["adapter", own], ...named(sampling)], ": ", '"');
+    const call = `body = {
+${body}}
+response = httpx.post("${linkTo("generate")}", json=body, ${hasKey ? "headers=headers, " : ""}timeout=60)
 response.raise_for_status()
 print(response.json()["choices"][0]["text"])
 `;
+    return `${hasKey ? "import os\n\n" : ""}import httpx
+
+${header}${each(call)}`;
   }
   const { max_tokens = 64, ...rest } = sampling; // OpenAI's default is another one
-  const given = { model: adapter, ...prompt, max_tokens, ...rest };
-  const argument = (/** @type {string} */ name, /** @type {unknown} */ value) => `${name}=${python(value)}`;
+  const given = lines([["model", own], ...named({ ...prompt, max_tokens, ...rest })], "=");
   const [make, text] = request.isChat ? ["chat.completions", "message.content"] : ["completions", "text"];
+  const call = `answer = client.${make}.create(
+${given})
+print(answer.choices[0].${text})
+`;
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
 
 client = OpenAI(base_url="${linkTo("v1")}", api_key=${hasKey ? 'os.environ["SMOLORA_API_KEY"]' : '"any"'})
-answer = client.${make}.create(
-${lines(given, argument)})
-print(answer.choices[0].${text})
-`;
+${each(call)}`;
 }
 
-/** @param {{request: Request, adapter: string}} props */
-export function Code({ request, adapter }) {
+/** @param {{request: Request, adapters: string[]}} props */
+export function Code({ request, adapters }) {
   const [language, setLanguage] = useState(/** @type {typeof LANGUAGES[number]} */ ("curl"));
   const hasKey = Boolean(useStore(key));
   const [isCopied, setCopied] = useState(false);
-  const code = codeOf(language, request, adapter, hasKey);
+  const code = codeOf(language, request, adapters, hasKey);
   const copy = () =>
     navigator.clipboard?.writeText(code).then(
       () => setCopied(true),

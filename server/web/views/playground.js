@@ -102,7 +102,7 @@ export function PlaygroundView() {
             <small class="wide-only">${IS_MAC ? "⌘" : "Ctrl"} + Enter</small>
             <${TokenCount} request=${request} />
           </p>
-          <${Share} expressions=${expressions} mine=${mine} />
+          <${Share} expressions=${expressions} />
           <h2>Adapters</h2>
           <${Fault} problem=${adapters.problem} />
           ${adapters.data || adapters.problem ? null : html`<p class="muted">Loading…</p>`}
@@ -240,8 +240,8 @@ function Export({ of, label }) {
     <${Fault} problem=${save.problem} />`;
 }
 
-/** The request as a link and as code. @param {{expressions: string[], mine: string}} props */
-function Share({ expressions, mine }) {
+/** The request as a link and as code. @param {{expressions: string[]}} props */
+function Share({ expressions }) {
   const [link, setLink] = useState("");
   const [isCode, setCode] = useState(false);
   const request = useStore(asked);
@@ -266,7 +266,7 @@ function Share({ expressions, mine }) {
           ? html`<${TextField} label="Link" hint="This browser doesn't let the page copy: select the link and copy it by hand." value=${link} onChange=${() => {}} />`
           : null
     }
-    ${isCode ? html`<${Code} request=${request} adapter=${mine} />` : null}`;
+    ${isCode ? html`<${Code} request=${request} adapters=${expressions} />` : null}`;
 }
 
 /** @param {{current: Run | null}} props */
