@@ -265,12 +265,13 @@ def versions(server: ServerProcess, tiny_base: BaseModel, tmp_path_factory: pyte
         server.upload("bcdefghij"[number] if number < 9 else "a", directory)
 
 
-def measured(page: Page, server: ServerProcess) -> None:
-    """Answer the page as if jobs had measured each version."""
+def measured(page: Page, server: ServerProcess, **fields: object) -> None:
+    """Answer the page as if jobs had measured each version. `fields` are other fields of each version."""
     listed = server.client.get("/adapters").json()
     for adapter in listed["adapters"]:
         for version in adapter["versions"]:
             version["metrics"] = {"eval_loss": 1.83, "base_eval_loss": 4.61, "recall": 0.96}
+            version.update(fields)
     page.route(re.compile(r"/adapters\?limit"), lambda route: route.fulfill(json=listed))
 
 
@@ -296,6 +297,17 @@ def test_the_deciding_columns_of_versions_are_in_sight(
         expect(menu.get_by_role("button").last).to_be_in_viewport(ratio=1)
         assert violations(page) == []
         assert not is_wider_than_the_screen(page)
+
+
+@pytest.mark.usefixtures("versions")
+def test_all_columns_of_versions_fit_a_laptop(server: ServerProcess, browser: Browser) -> None:
+    with page_of(browser, server.url, (1366, 768)) as page:
+        measured(page, server, verdict="can't tell", resident=True, warnings=["rounded"], bytes=1_950_000)
+        page.goto(f"{server.url}/#/adapters/a")
+        table = page.get_by_role("region", name="Versions of a, as a table")
+        expect(table.locator("tbody tr").first).to_contain_text("no clear difference")
+        assert table.evaluate("(of) => of.scrollWidth <= of.clientWidth")
+        expect(table.locator("tbody tr").first.locator("td").last).to_be_in_viewport(ratio=1)
 
 
 @pytest.mark.usefixtures("versions")

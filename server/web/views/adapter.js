@@ -2,7 +2,7 @@
 import { isOfChats, newestFirst, placeOf } from "../lib/adapters.js";
 import { ask, download, get } from "../lib/api.js";
 import { pointsOf } from "../lib/curves.js";
-import { bytes, compact, loss, moment, percent, plural } from "../lib/format.js";
+import { ago, bytes, compact, loss, moment, percent, plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { begin } from "../lib/playground.js";
 import { useAction, useIsShown, useResource } from "../lib/resource.js";
@@ -142,7 +142,7 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onUse, on
     <td class="number">${loss(held)} ${held !== undefined && base !== undefined ? html`<${Against} held=${held} base=${base} />` : null}</td>
     <td class="number">${recall === undefined ? "–" : percent(recall)}</td>
     <td>${version.verdict === "can't tell" ? "no clear difference" : (version.verdict ?? "–")}</td>
-    <td>
+    <td class="wraps">
       ${number === adapter.latest ? html`<${Badge} tone="good">in use<//>` : null}
       ${Object.entries(adapter.aliases)
         .filter(([, of]) => of === number)
@@ -162,7 +162,7 @@ function VersionRow({ adapter, version, isOwn, isChosen, path, change, onUse, on
       ${isOwn ? html`<${Menu} label="Actions for version ${number}" busy=${change.busy || save.busy} items=${items} />` : null}
       <${Fault} problem=${save.problem} />
     </td>
-    <td>${moment(version.created_at)}</td>
+    <td><time datetime=${version.created_at} title=${moment(version.created_at)}>${ago(version.created_at)}</time></td>
     <td class="number">${version.rank}</td>
     <td class="number">${version.bytes ? bytes(version.bytes) : "–"}</td>
   </tr>`;
