@@ -82,11 +82,11 @@ function answersOf({ evaluation: held, recall }) {
 const STRAY = 0.25; // held-out rows this much fewer or more than the share of the rows, as a share of them
 
 /**
- * Why more or fewer rows are held out than the share says. Large data sets don't stray.
+ * Why more or fewer rows are held out than the share says. Large data sets don't stray. With test rows, it says nothing.
  * @param {{data?: RowCounts, share: unknown}} props `share`: of the rows; anything else isn't explained
  */
 export function Split({ data, share }) {
-  if (!data?.validation_rows || typeof share !== "number") return null;
+  if (!data?.validation_rows || data.test_rows || typeof share !== "number") return null;
   const total = data.rows + data.validation_rows;
   const expected = Math.max(1, Math.round(share * total));
   if (Math.abs(data.validation_rows - expected) <= STRAY * expected) return null;
