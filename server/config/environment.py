@@ -11,6 +11,7 @@ from server.errors import StartupError
 RAY_DEFAULTS = {
     "RAY_AUTH_MODE": "token",  # without a token, anyone who reaches Ray's ports could run code
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",  # else each machine answers /metrics without a token
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hung replica gets as much time as a draining one
     # Without this, replicas that started without autoscaling don't report its metrics once it is switched on.

@@ -28,6 +28,22 @@ def ended(*words: str, **flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(called, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
+def unprotected_metrics(ray: psutil.Process) -> set[int]:
+    """Return the ports on which Ray's processes answer /metrics without a token."""
+    found = set()
+    for process in ray.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("tcp"):
+                port = connection.laddr.port
+                with suppress(httpx.HTTPError):
+                    if (
+                        connection.status == psutil.CONN_LISTEN
+                        and httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).status_code == 200
+                    ):
+                        found.add(port)
+    return found
+
+
 def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
     home, port = tmp_path / "home", free_port()
     flags = {"home": home, "port": port, "ray_port": free_port(), "cpus": 8, "model": long_base, **FLAGS, **CACHES}
@@ -44,7 +60,7 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_until(is_ready, "it isn't ready", PATIENCE)
+        wait_until(is_ready, "it isn't ready", 3 * PATIENCE)
         answer = httpx.post(
             f"{url}/generate", json={"prompt": "404", "max_tokens": 4}, trust_env=False, timeout=60
         )
@@ -56,6 +72,7 @@ def test_up_status_and_down(tmp_path: Path, long_base: Path) -> None:
         assert f"API {url}: ready" in shown
         assert "replicas: 1 running" in shown
         assert str(home / "ray.log") in shown
+        assert unprotected_metrics(psutil.Process(read_state(home).ray_pid)) <= {44217, 44227}
         assert ", Ray's head): 8 cores for replicas\n" in shown
         (line,) = [line for line in shown.splitlines() if line.startswith("  replica ")]
         found = re.fullmatch(r"  replica \w+: running, process (\d+), log (/\S+)", line)
