@@ -133,7 +133,7 @@ class StepAdapters(Generic[T]):
 
     def of(self, chunks: Seq[Chunk]) -> T:
         runs = _token_runs(chunks)
-        if self._built is None or not _are_same(runs, self._runs):
+        if self._built is None or runs != self._runs:
             self._built, self._runs = self._build(runs), runs
         return self._built
 
@@ -152,12 +152,6 @@ def _token_runs(chunks: Seq[Chunk]) -> list[TokenRun]:
             runs.append(TokenRun(start, stop, hold.parts))
         start, key = stop, chunk.sequence.adapter_key
     return runs
-
-
-def _are_same(first: list[TokenRun], second: list[TokenRun]) -> bool:
-    return len(first) == len(second) and all(
-        (a.start, a.stop) == (b.start, b.stop) and a.parts is b.parts for a, b in zip(first, second, strict=True)
-    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -2,11 +2,9 @@
 
 import math
 import struct
-from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -48,15 +46,8 @@ class StepLists:
         num_hidden = np.array([chunk.num_hidden for chunk in chunks])
         stops = starts + lengths
         num_pages = -(-stops // block_size)
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        pages = array(
-            "i",
-            chain.from_iterable(
-                table if len(table) == num else table[:num]
-                for table, num in zip(tables, num_pages.tolist(), strict=True)
-            ),
-        )
-        flat = np.frombuffer(pages, np.int32)
+        tables = zip(chunks, num_pages.tolist(), strict=True)
+        flat = np.frombuffer(b"".join(chunk.sequence.block_table[:num] for chunk, num in tables), np.int32)
         table_starts = num_pages.cumsum() - num_pages
         ends = lengths.cumsum()
         num_tokens = int(ends[-1])

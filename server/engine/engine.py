@@ -9,9 +9,8 @@ and reads them with an injected `load`. It identifies tokens by id, and converts
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -197,14 +196,18 @@ class Engine:
         self.num_failures = 0
         self.num_steps += 1
         for chunk in step.chunks:
-            with self._containing(chunk.sequence, outputs):
+            try:
                 self._mark_computed(chunk)
                 is_computed = chunk.is_last and not chunk.sequence.draws
                 if is_computed and not chunk.sequence.advance():
                     outputs.append(self._finish_scoring(chunk.sequence))
+            except Exception:
+                outputs.append(self._fail_alone(chunk.sequence))
         for drawn in found:
-            with self._containing(drawn.chunk.sequence, outputs):
+            try:
                 self._take(drawn, outputs)
+            except Exception:
+                outputs.append(self._fail_alone(drawn.chunk.sequence))
         return outputs
 
     def close(self) -> None:
@@ -222,14 +225,10 @@ class Engine:
         outputs = [self._fail(sequence, error) for sequence in sequences]
         return outputs + (self.abort_all(EngineDead()) if self.is_dead else [])
 
-    @contextmanager
-    def _containing(self, sequence: Sequence, outputs: list[SequenceOutput]) -> Iterator[None]:
-        """If the code in the context raises, fail this sequence and no other."""
-        try:
-            yield
-        except Exception:
-            log.exception("a sequence failed after its step")
-            outputs.append(self._fail(sequence, GenerationFailed(_STEP_FAILED)))
+    def _fail_alone(self, sequence: Sequence) -> SequenceOutput:
+        """Log the exception that is being handled, and end this sequence and no other."""
+        log.exception("a sequence failed after its step")
+        return self._fail(sequence, GenerationFailed(_STEP_FAILED))
 
     def _mark_computed(self, chunk: Chunk) -> None:
         """Record that a chunk's keys and values are in the cache."""
@@ -256,7 +255,8 @@ class Engine:
             outputs.append(self._append(sequence, token))
             if sequence.status is Status.FINISHED:
                 return
-        self.blocks.trim(sequence)
+        if drawn.chunk.draft:
+            self.blocks.trim(sequence)
 
     def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
         """Append a token to its sequence, end the sequence if it is complete, and return the output."""

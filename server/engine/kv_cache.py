@@ -8,6 +8,7 @@ blocks are reused in the order in which they were last used.
 Block 0 is never allocated, because it pads block tables.
 """
 
+from array import array
 from collections import OrderedDict
 
 from server.engine.sequence import Sequence
@@ -67,7 +68,7 @@ class BlockManager:
         `block_table` and `num_computed_tokens`. At least one token is always left to compute.
         """
         assert not sequence.block_table, "admitted twice"
-        prefix = []
+        prefix = array("i")
         for key in self._prompt_keys(sequence):
             block = self._block_of.get(key)
             if block is None:
@@ -134,7 +135,7 @@ class BlockManager:
             assert self._references[block] >= 0, "a block was freed twice"
             if not self._references[block]:
                 self._free[block] = None
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.num_registered_blocks = 0
         sequence.num_computed_tokens = 0
 

@@ -5,7 +5,6 @@ adapters are neighbours, and rare adapter sets come first.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import islice
@@ -109,5 +108,7 @@ def _neighbours(chunks: list[Chunk]) -> list[Chunk]:
 
     Chunks whose adapters are shared by few other chunks come first.
     """
-    counts = Counter(chunk.sequence.adapter_key for chunk in chunks)
-    return sorted(chunks, key=lambda chunk: (counts[chunk.sequence.adapter_key], chunk.sequence.adapter_key))
+    sharing: dict[bytes, list[Chunk]] = {}
+    for chunk in chunks:
+        sharing.setdefault(chunk.sequence.adapter_key, []).append(chunk)
+    return [chunk for key in sorted(sharing, key=lambda key: (len(sharing[key]), key)) for chunk in sharing[key]]

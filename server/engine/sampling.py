@@ -19,7 +19,6 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Self
 
@@ -51,8 +50,7 @@ class Penalized(NamedTuple):
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
-@dataclass(frozen=True, eq=False)
-class LogitsRow:
+class LogitsRow(NamedTuple):
     """The inputs that, together with a row of logits, determine the row's token."""
 
     params: SamplingParams

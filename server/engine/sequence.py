@@ -77,9 +77,11 @@ class Sequence:
     arrival: float  # seconds of the scheduler's clock
     block_size: int
     token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    draws: bool = field(init=False)  # whether tokens are drawn; if not, the request only scores tokens
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # prompt tokens that were in the cache at the first admission
-    block_table: list[int] = field(default_factory=list)
+    block_table: "array[int]" = field(default_factory=lambda: array("i"))
     num_registered_blocks: int = 0  # blocks that are registered in the prefix cache
     hold: AdapterHold | None = None
     loading: tuple[float, float] | None = None  # when the wait for its adapters began and ended
@@ -98,13 +100,11 @@ class Sequence:
         continuations = self.request.continuations
         self.trie = TokenTrie(continuations) if continuations else None
         self.token_ids = [*self.request.prompt_token_ids, *(self.trie.path if self.trie else ())]
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.draws = self.trie is None and self.request.sampling.max_tokens > 0
         self.token_counts = TokenCounts(self.token_ids, len(self.token_ids))
         self.adapter_key = adapter_key(self.request.adapters)
         self.prefix_root = prefix_root(self.adapter_key, self.request.project)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +115,7 @@ class Sequence:
         """The number of drawn tokens, or of scored tokens if the request has continuations."""
         if self.trie is not None:
             return self.trie.num_tokens
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_lasting_tokens(self) -> int:
@@ -130,17 +130,13 @@ class Sequence:
         return len(self.token_ids) + self.draws
 
     @property
-    def draws(self) -> bool:
-        """Whether tokens are drawn. If not, the request only scores tokens."""
-        return self.trie is None and self.request.sampling.max_tokens > 0
-
-    @property
     def scored_from(self) -> int | None:
         """The position of the first token to score, or None if none is left to score.
 
         The scores are returned with the first generated token, so they aren't computed again after it.
         """
-        return None if self.draws and self.num_output_tokens else self.request.scored_from
+        scored_from = self.request.scored_from
+        return None if scored_from is None or (self.draws and self.num_output_tokens) else scored_from
 
     @property
     def num_sharable_tokens(self) -> int:

@@ -114,7 +114,7 @@ class PagedAttention:
     def _plan_decodes(self, decodes: Seq[Chunk]) -> DecodePlan:
         size, config = self._cache.block_size, self._cache.config
         num_blocks = max(-(-chunk.stop // size) for chunk in decodes)
-        tables = [chunk.sequence.block_table[:num_blocks] for chunk in decodes]
+        tables = [chunk.sequence.block_table[:num_blocks].tolist() for chunk in decodes]
         padded = torch.tensor([table + [0] * (num_blocks - len(table)) for table in tables])
         lengths = torch.tensor([chunk.stop for chunk in decodes])
         device = self._cache.k.device

@@ -1,6 +1,7 @@
 """The engine on the cuda backend, with the kernels' torch forms, against the torch backend."""
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -164,7 +165,7 @@ def test_the_lists_of_256_long_sequences_are_small(num_parts: int) -> None:
     for i in range(256):
         parts = tuple((placements[(i + part) % 256], 0.5) for part in range(num_parts))
         hold = SimpleNamespace(refs=parts, parts=parts)
-        sequence = SimpleNamespace(hold=hold, adapter_key=bytes([i]), block_table=list(range(64)))
+        sequence = SimpleNamespace(hold=hold, adapter_key=bytes([i]), block_table=array("i", range(64)))
         chunks.append(SimpleNamespace(sequence=sequence, start=1023, num_tokens=1, num_hidden=1, token_ids=(5,)))
     rows = [LogitsRow(SamplingParams(), i, 9, TokenCounts((), 0)) for i in range(256)]
     lists = backend._lists(chunks, rows)

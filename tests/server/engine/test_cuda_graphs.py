@@ -2,6 +2,7 @@
 
 import logging
 import random
+from array import array
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,7 @@ def step(num: int, placements: list[Placement], seed: int) -> tuple[list[Any], l
     slots = []
     for i in range(num):
         start = rng.choice((3, 40, 255, 256, 511, 590))
-        table = [1 + i] * (start // BLOCK) + [1 + i]  # every page is the sequence's own block
+        table = array("i", [1 + i]) * (start // BLOCK + 1)  # every page is the sequence's own block
         num_parts = 1 if i == 0 else rng.randint(0, 2)
         parts = tuple((rng.choice(placements), rng.uniform(-1, 1)) for _ in range(num_parts if placements else 0))
         hold = SimpleNamespace(refs=parts, parts=parts)

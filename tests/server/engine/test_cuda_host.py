@@ -5,6 +5,7 @@ A step of 256 sequences of 1,024 tokens may take 2.7 ms of the host's time, and 
 
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def sequences(backend: CudaBackend, num_parts: int) -> list[Any]:
     for i in range(NUM_SEQS):
         parts = tuple((placements[(i + part) % NUM_SEQS], 0.5) for part in range(num_parts))
         hold = SimpleNamespace(refs=parts, parts=parts)
-        table = [1 + (i + page) % 500 for page in range(NUM_TOKENS // 16)]
+        table = array("i", [1 + (i + page) % 500 for page in range(NUM_TOKENS // 16)])
         found.append(SimpleNamespace(hold=hold, adapter_key=bytes([i]), block_table=table))
     return found
 

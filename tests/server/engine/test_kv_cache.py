@@ -152,9 +152,9 @@ def test_freed_blocks_stay_cached_until_they_are_needed() -> None:
     first = sequence(*range(9))
     assert admit(blocks, first)
     compute(blocks, first)
-    table = list(first.block_table)
+    table = first.block_table[:]
     blocks.free(first)
-    assert (first.block_table, first.num_computed_tokens) == ([], 0)
+    assert (list(first.block_table), first.num_computed_tokens) == ([], 0)
     assert blocks.num_used_blocks == 0
     again = sequence(*range(9))
     assert admit(blocks, again)
@@ -199,7 +199,7 @@ def test_idle_shared_blocks_count_as_needed() -> None:
     blocks.free(first)
     second = sequence(*range(9))
     assert not admit(blocks, second, num_spare_blocks=1)
-    assert second.block_table == []
+    assert not second.block_table
     blocks.check([])
     assert admit(blocks, second)
     compute(blocks, second)
@@ -238,7 +238,7 @@ def test_freeing_twice_fails() -> None:
     blocks = BlockManager(4, SIZE)
     holder = sequence(*range(4))
     compute(blocks, holder)
-    table = list(holder.block_table)
+    table = holder.block_table[:]
     blocks.free(holder)
     blocks.free(holder)  # holds nothing: fine
     holder.block_table = table

@@ -47,7 +47,7 @@ class Blocks(RuleBasedStateMachine):
             assert self.blocks.num_free_blocks >= spare
         else:
             assert self.blocks.num_free_blocks == free
-            assert new.block_table == []
+            assert not new.block_table
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), new=st.integers(1, 6))

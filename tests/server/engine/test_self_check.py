@@ -40,7 +40,7 @@ class Faulty(TorchBackend):
 
     def sample(self, hidden: torch.Tensor, rows: Seq[LogitsRow]) -> list[Sampled]:
         more = self._num_more_seeds
-        other = [replace(row, params=replace(row.params, seed=row.params.seed + more)) for row in rows]
+        other = [row._replace(params=replace(row.params, seed=row.params.seed + more)) for row in rows]
         return super().sample(hidden, other)
 
 

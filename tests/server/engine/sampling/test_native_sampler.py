@@ -4,7 +4,6 @@ Other tests here check what both must do. A row's result has the same bits for a
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -90,12 +89,12 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[LogitsRow]]:
             frequency_penalty=draw(st.sampled_from([0.0, 0.0, -0.3])),
             logit_bias=tuple(biases.items()) if draw(st.booleans()) else (),
         )
-        one = replace(one, counts=TokenCounts(history, len(history) // 2))
+        one = one._replace(counts=TokenCounts(history, len(history) // 2))
         if draw(st.integers(0, 3)) == 0:
             generator = np.random.default_rng(draw(st.integers(0, 100)))
             mask = generator.random(vocab) < draw(st.sampled_from([0.1, 0.9, 0.999]))
             mask_or_failed = draw(st.sampled_from([mask, mask, mask, None]))
-            one = replace(one, forbidden=partial(lambda found: found, mask_or_failed))
+            one = one._replace(forbidden=partial(lambda found: found, mask_or_failed))
         rows.append(one)
     return torch.stack(logits), rows
 

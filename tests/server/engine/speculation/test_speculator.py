@@ -177,7 +177,7 @@ def test_a_draft_only_takes_free_blocks(num_usable: int) -> None:
 def test_a_rejected_drafts_block_is_reused_first() -> None:
     blocks = BlockManager(9, 16)
     sequence = decoding(blocks)
-    table = list(sequence.block_table)
+    table = sequence.block_table[:]
     draft(blocks, sequence)
     taken = sequence.block_table[-1]
     sequence.token_ids.append(50)
