@@ -54,7 +54,7 @@ class LogitsRow(NamedTuple):
     """The inputs that, together with a row of logits, determine the row's token."""
 
     params: SamplingParams
-    index: int  # index of the choice
+    choice: int  # index of the answer, of those to one request
     position: int  # position of the new token in its sequence
     counts: TokenCounts  # token counts of the prompt and the answer so far
     draft: Seq[int] = ()  # drafted tokens after the answer so far
@@ -151,7 +151,7 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def noise_key(row: LogitsRow) -> bytes:
     """Return the key of a row's noise: two words of 32 bits."""
-    data = struct.pack("<Qqq", row.params.seed, row.index, row.position)
+    data = struct.pack("<Qqq", row.params.seed, row.choice, row.position)
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
