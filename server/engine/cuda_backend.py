@@ -1,9 +1,10 @@
 """The backend in Triton kernels, for NVIDIA GPUs. Not yet run on a GPU.
 
 A step uploads one buffer of lists, and launches ten kernels for each layer, and two more for each group of modules
-if tokens have adapters. It waits for the device once, for the chosen tokens. Steps that draw a token after each of
-their tokens are replayed as CUDA graphs; other steps launch the same kernels one by one. The torch backend is its
-test oracle.
+if tokens have adapters. It waits for the device once, for the chosen tokens; twice if all rows need torch's
+sampling (top-p and the like, or log-probabilities), and three times if only some do. Steps that draw a token after
+each of their tokens are replayed as CUDA graphs; other steps launch the same kernels one by one. The torch backend
+is its test oracle.
 """
 
 import logging

@@ -4,6 +4,7 @@ import logging
 import random
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.kits.captured import CapturingLaunch, NotCapturable
 from tests.kits.engines import build_engine, check_idle, place, random_adapter, run
 from tests.kits.kernels import FAMILY, in_torch
 from tests.server.engine.traffic import TIGHT, assert_same, library, requests_of_all_kinds
-from tests.server.model.cuda.bases import two_layers
+from tests.server.model.cuda.bases import layers, two_layers
 
 BLOCK = 16
 MAX_POSITIONS = 600  # three splits of attention
@@ -84,9 +85,9 @@ def step(num: int, placements: list[Placement], seed: int) -> tuple[list[Any], l
 
 @torch.inference_mode()
 def test_every_size_answers_as_steps_without_graphs_do(base: BaseModel) -> None:
-    """With and without adapters, at each size or one token below it: the same tokens, keys and values.
+    """With and without adapters, the most and the fewest tokens of each size: the same tokens, keys and values.
 
-    18 or 10 launches for each layer, and 5 more.
+    Nothing else is written except the scratch slot. 18 or 10 launches for each layer, and 5 more.
     """
     with_graphs, capturing = backend_of(base, 256)
     plain = CudaBackend(base.config, base.weights, max_positions=MAX_POSITIONS, launch=in_torch())
@@ -95,7 +96,7 @@ def test_every_size_answers_as_steps_without_graphs_do(base: BaseModel) -> None:
     assert capturing.graph_sizes == most * len(SIZES)
     for number, size in enumerate(SIZES):
         for has_adapters in (True, False):
-            num = size - (number % 2 and size > 1)
+            num = size if has_adapters == (number % 2 == 0) else (0, *SIZES)[number] + 1
             before = with_graphs.cache.k.clone()
             results = []
             for backend, placements in zip((with_graphs, plain), places, strict=True):
@@ -111,6 +112,14 @@ def test_every_size_answers_as_steps_without_graphs_do(base: BaseModel) -> None:
                 caches = [getattr(backend.cache, name)[:, 1:] for backend in (with_graphs, plain)]
                 assert torch.equal(*caches)
     assert capturing.num_replays == 2 * len(SIZES)
+
+
+def test_launches_of_thirty_layers(tmp_path: Path) -> None:
+    """As the 135M base has: at most 552 with adapters and blends, and 312 without."""
+    with torch.inference_mode():
+        backend, capturing = backend_of(layers(tmp_path, 30), 2)
+        filled(backend, 4)
+    assert capturing.graph_sizes == [545, 305] * 2
 
 
 @torch.inference_mode()
