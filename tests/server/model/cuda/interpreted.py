@@ -25,7 +25,7 @@ from server.model.base.weights import BaseModel
 from server.model.cuda.variants import variants
 from server.model.rank_rows import GROUPS
 from tests.kits import kernels as kit
-from tests.kits.engines import GREEDY, build_engine, refs, run
+from tests.kits.engines import GREEDY, Results, build_engine, refs, run
 from tests.kits.kernels import FAMILY, PAGE, SMALL, interpreted
 from tests.server.engine.traffic import TIGHT, assert_same, library
 from tests.server.model.cuda.bases import two_layers
@@ -36,36 +36,42 @@ def _dot(self: object, a: Any, b: Any, d: Any, *_: object) -> Any:
     return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
 
-def compared(
-    base: BaseModel, launch: Launch, requests: Sequence[GenerationRequest], num_blocks: int
-) -> tuple[float, EngineStats]:
+def answered(
+    base: BaseModel, requests: Sequence[GenerationRequest], num_blocks: int, launch: Launch | None = interpreted
+) -> tuple[Results, EngineStats]:
+    """Answer requests over a cache of this many blocks, with torch if `launch` is None. Return the counts, too."""
+    cuda = launch and CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
+    engine = build_engine(
+        base,
+        library(base),
+        num_blocks=num_blocks,
+        max_rank=64,
+        limits=TIGHT,
+        other=cuda,
+        loads_at_once=True,  # otherwise the number of preemptions depends on threads
+    )
+    found, stats = run(engine, requests), engine.stats
+    engine.close()
+    return found, stats
+
+
+def compared(base: BaseModel, requests: Sequence[GenerationRequest], num_blocks: int) -> tuple[float, EngineStats]:
     """Answer requests with the cuda backend and torch's, over a cache of this many blocks.
 
-    Return the largest relative difference of log-probabilities, and the cuda backend's counts.
+    Return the largest relative difference of log-probabilities, and the cuda backend's counts. Answer each request
+    alone, too, over another number of blocks: the cuda backend's bits must be the same.
     """
-    cuda = CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
-    answers, counts = [], []
-    for backend in (cuda, None):
-        engine = build_engine(
-            base,
-            library(base),
-            num_blocks=num_blocks,
-            max_rank=64,
-            limits=TIGHT,
-            other=backend,
-            loads_at_once=True,  # otherwise the number of preemptions depends on threads
-        )
-        answers.append(run(engine, requests))
-        counts.append(engine.stats)
-        engine.close()
-    for key, expected in answers[1].items():
-        assert_same(answers[0][key], expected)
-    pairs = [
-        (found, expected)
-        for key in answers[1]
-        for found, expected in zip(answers[0][key].logprobs, answers[1][key].logprobs, strict=True)
-    ]
-    return max(abs(found - expected) / abs(expected) for found, expected in pairs), counts[0]
+    (ours, stats), (torchs, _) = (answered(base, requests, num_blocks, of) for of in (interpreted, None))
+    errors = []
+    for key, expected in torchs.items():
+        assert_same(ours[key], expected)
+        pairs = zip(ours[key].logprobs, expected.logprobs, strict=True)
+        errors += [abs(found - torchs_own) / abs(torchs_own) for found, torchs_own in pairs]
+    for request in requests:
+        alone, _ = answered(base, [request], num_blocks + 9)
+        for key, found in alone.items():
+            assert (found.token_ids, found.logprobs) == (ours[key].token_ids, ours[key].logprobs), key
+    return max(errors), stats
 
 
 SHARED = tuple(range(20, 57))
@@ -83,14 +89,14 @@ PREEMPTED = tuple(
 
 def check_engine(base: BaseModel) -> float:
     """Check mixed steps: prompts are computed while others decode, one with a blend. One prefix is cached."""
-    error, stats = compared(base, interpreted, REQUESTS, 32)
+    error, stats = compared(base, REQUESTS, 32)
     assert stats.prefix_cached_tokens >= 32
     return error
 
 
 def check_preemption(base: BaseModel) -> float:
     """Check an engine that preempts sequences, since its cache has too few blocks. Two have adapters."""
-    error, stats = compared(base, interpreted, PREEMPTED, 4)
+    error, stats = compared(base, PREEMPTED, 4)
     assert stats.preemptions
     return error
 
