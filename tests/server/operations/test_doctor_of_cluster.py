@@ -10,6 +10,8 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+pytest.importorskip("obstore", reason="needs the extra cluster")
+
 from adapters.catalog.catalog import Catalog
 from adapters.names import Viewpoint
 from adapters.peft.files import CONFIG_NAME, WEIGHTS_NAME
