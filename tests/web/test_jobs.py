@@ -116,7 +116,7 @@ def test_a_held_out_share_that_strays_is_explained(server: ServerProcess, browse
             expect(shown).to_contain_text("On 11 held-out rows")
             expect(shown.get_by_text(sentence)).to_have_count(int(is_explained))
     with page_of(browser, f"{server.url}/#/train/new") as page:
-        drop(page, ".drop", {"codes.jsonl": JSONL})
+        drop(page, ".drop", {"rows.jsonl": JSONL})
 
         def strayed(route: Route) -> None:
             dry = route.fetch().json()
