@@ -106,7 +106,7 @@ class OwnKeyAnswer(Answer):
 
 
 class KeyAnswer(OwnKeyAnswer):
-    """A key, as whoever manages its project sees it."""
+    """A key, as the managers of its project see it."""
 
     created_at: DateTime
     revoked_at: DateTime | None

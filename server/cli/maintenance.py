@@ -115,7 +115,7 @@ def doctor(
 ) -> None:
     """Check the database and all stored adapters, data sets and files, and that the database lists what is stored.
 
-    With SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL, this is PostgreSQL and an object store, every byte of which is
+    With SMOLORA_DATABASE_URL and SMOLORA_BYTES_URL, check PostgreSQL and the object store. All its bytes are
     fetched. Servers may be running, except with --rebuild.
     """
     with exempt_from_gc():
