@@ -24,6 +24,7 @@ def decoding(engine: Engine, requests: list[GenerationRequest]) -> None:
         engine.add(request)
     running = engine.scheduler.running
     while len(running) < len(requests) or not all(sequence.is_decoding for sequence in running):
+        assert engine.has_work, "some requests ended before the others' adapters were loaded"
         engine.step()
     engine.step()
 

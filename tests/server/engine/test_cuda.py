@@ -88,7 +88,7 @@ def test_a_step_waits_as_rarely_as_on_the_fake_gpu(
     tiny: BaseModel, guidance: Guidance, requests: list[GenerationRequest], num_waits: int
 ) -> None:
     """Counted by torch itself, which also sees waits within operations."""
-    engine = build_engine(tiny, library(tiny), guidance=guidance)
+    engine = build_engine(tiny, library(tiny), guidance=guidance, loads_at_once=True)
     decoding(engine, requests)
     found = waits(engine.step)
     engine.close()
@@ -170,7 +170,7 @@ def test_a_decode_step_of_the_kernels_is_within_its_budgets(
     real: BaseModel, num_parts: int, per_layer: int
 ) -> None:
     """Of kernels, as the profiler counts them, in one graph; of waits, and of copies from the host."""
-    engine = build_engine(real, library(real), max_model_len=2048, other=kernels_backend(real))
+    engine = build_engine(real, library(real), max_model_len=2048, other=kernels_backend(real), loads_at_once=True)
     decoding(engine, rows(num_parts=num_parts))
     assert len(waits(engine.step)) <= 1
     torch.cuda.synchronize()

@@ -88,13 +88,14 @@ def test_a_decode_step_launches_a_bounded_number_of_kernels(
 
     monkeypatch.setattr(cuda_step, "upload", counted)
     backend = CudaBackend(base.config, base.weights, max_positions=512, launch=launch)
-    engine = build_engine(base, library(base), other=backend)
+    engine = build_engine(base, library(base), other=backend, loads_at_once=True)
     plain = replace(GREEDY, logprobs=0, max_tokens=40)
     cases = ((((), ()), 10), ((refs(**{"00": 1.0}), refs(**{"02": 0.5, "03": -1.0})), 18))
     for adapters, most in cases:
         for number, held in enumerate(adapters):
             engine.add(GenerationRequest(f"{number} of {most}", (5, 6, 7), plain, held))
         while [bool(sequence.num_output_tokens) for sequence in engine.scheduler.running] != [True, True]:
+            assert engine.has_work, "the one ended before the other's first token"
             engine.step()
         counts.clear()
         engine.step()

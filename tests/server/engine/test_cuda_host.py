@@ -124,7 +124,7 @@ def test_a_step_waits_for_its_tokens_alone(
         backend = CudaBackend(
             base.config, card_base.weights, max_positions=512, max_num_seqs=8, launch=launch, capture=capture
         )
-        engine = build_engine(card_base, library(base), other=backend)
+        engine = build_engine(card_base, library(base), other=backend, loads_at_once=True)
         requests = [
             GenerationRequest(
                 f"r{i}",

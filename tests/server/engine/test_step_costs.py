@@ -57,7 +57,7 @@ def test_the_cost_of_a_decode_step(
 ) -> None:
     """The number of waits doesn't depend on rows (8) or layers (3). A layer of the base has 37 kernels."""
     with fake_cuda() as card:
-        engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance)
+        engine = build_engine(on_card(tiny_base), library(tiny_base), guidance=guidance, loads_at_once=True)
         decoding(engine, requests)
         for _ in range(3):
             card.main.clear()
@@ -83,7 +83,7 @@ def test_values_are_multiplied_not_summed_position_by_position(tiny_base: BaseMo
 def test_a_step_that_reads_prompts_scores_and_decodes_waits_twice(tiny_base: BaseModel) -> None:
     """It waits for the scores of 90 tokens, and for the next tokens."""
     with fake_cuda() as card:
-        engine = build_engine(on_card(tiny_base), library(tiny_base))
+        engine = build_engine(on_card(tiny_base), library(tiny_base), loads_at_once=True)
         decoding(engine, rows(replace(PLAIN, max_tokens=30), num_parts=1))
         scored = GenerationRequest("scored", prompt(60, seed=1), SamplingParams(max_tokens=0), scored_from=1)
         for request in (scored, replace(scored, request_id="other", adapters=refs(**{"01": 1.0}))):
