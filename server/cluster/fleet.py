@@ -220,19 +220,26 @@ def best(links: Sequence[Link], sent: Sent, size_of: Callable[[str], int]) -> Li
         return links[0]
     fresh = [link for link in links if link.id not in sent.tried] or links
     parts = [Part(ref.digest, size_of(ref.digest)) for ref in sent.request.adapters]
+    digests = frozenset(part.digest for part in parts)
     prefix = prefix_of(links[0], sent.request)
-    replicas = [Replica(link.id, resident_in(link), link.queue, link.blocks) for link in fresh]
+    replicas = [Replica(link.id, resident_in(link, digests), link.queue, link.blocks) for link in fresh]
     first, *_ = rank(parts, prefix, replicas)
     chosen = next(link for link in fresh if link.id == first)
     chosen.blocks.update(prefix)
     return chosen
 
 
-def resident_in(link: Link) -> frozenset[str]:
-    """Return the digests of the adapters that a replica has loaded, or will load for requests of this process."""
+def resident_in(link: Link, digests: frozenset[str]) -> frozenset[str]:
+    """Return which of these adapters a replica has loaded, or will load for requests of this process.
+
+    The time doesn't depend on how many others it has loaded.
+    """
     assert link.state is not None
-    coming = {ref.digest for sent in link.sent.values() for ref in sent.request.adapters}
-    return link.state.stats.resident | coming
+    resident = digests & link.state.stats.resident
+    if resident == digests:
+        return resident
+    coming = (ref.digest for sent in link.sent.values() for ref in sent.request.adapters)
+    return resident | digests.intersection(coming)
 
 
 def prefix_of(link: Link, request: GenerationRequest) -> list[int]:

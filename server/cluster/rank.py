@@ -39,7 +39,7 @@ class Replica:
     """A replica's known state. An outdated state costs time, but never changes an answer."""
 
     id: str
-    resident: frozenset[str]  # digests
+    resident: frozenset[str]  # digests, at least those of the request's adapters
     queue: int  # unfinished requests, waiting or running
     cached: Collection[int] = frozenset()  # hashes of the blocks in its prefix cache, as a set
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from server.cluster.client import ReplicatedEngine
-from server.cluster.fleet import Link, Sent, best, total
+from server.cluster.fleet import Link, Sent, best, resident_in, total
 from server.cluster.messages import ReplicaState, Welcome
 from server.engine.request import EngineStats
 from server.model.base.weights import BaseModel
-from tests.kits.engines import build_engine
+from tests.kits.engines import build_engine, refs
 from tests.server.cluster.replicas import Local
 from tests.server.engine.async_bench import collect, eventually, on_loop, request
 
@@ -62,6 +62,21 @@ def test_processes_with_old_reports_do_not_overfill_a_replica(stats: EngineStats
     queues = [8 * index + found[f"replica-{index}"] for index in range(4)]
     assert sum(found.values()) == NUM_APIS * 3
     assert max(queues) - min(queues) <= NUM_APIS, queues
+
+
+def test_the_replica_with_the_most_of_a_blend_is_chosen() -> None:
+    """Loaded, or loading for a request of this process; what else is loaded doesn't count."""
+    names = {"none": "x", "one": "ax", "both": "abx", "coming": "ax"}
+    links = [Link(name, WELCOME) for name in names]
+    for link in links:
+        resident = EngineStats(resident=frozenset(names[link.id]))
+        link.take(ReplicaState(resident, num_in_flight=0, num_own=0))
+    blend = replace(send(Link("nowhere"), "blend").request, adapters=refs(a=0.5, b=0.5))
+    assert [sorted(resident_in(link, frozenset("ab"))) for link in links] == [[], ["a"], ["a", "b"], ["a"]]
+    assert best(links, Sent(blend, lambda output: None, 1), lambda digest: 1).id == "both"
+    sent = send(links[-1], "sent")
+    sent.request = replace(sent.request, adapters=refs(b=1.0, c=1.0))
+    assert resident_in(links[-1], frozenset("ab")) == frozenset("ab")
 
 
 def test_a_total_adds_up_the_replicas_that_report() -> None:
