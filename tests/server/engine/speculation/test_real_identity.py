@@ -92,10 +92,14 @@ def test_together(bench: Bench) -> None:
 
 @pytest.mark.thorough  # over HTTP: end_to_end/test_native_parity.py
 def test_one_after_the_other(bench: Bench) -> None:
-    """Each request gets accepted drafts, and continues from blocks computed with another's drafts."""
+    """Each request gets accepted drafts, and continues from blocks computed with another's drafts.
+
+    With a grammar, how many depends on the measured time of a mask: 3 were seen on a busy machine.
+    """
     plain, engine = bench.engine(), drafting(bench.engine())
     for request in bench.requests()[::2]:
         num_accepted = engine.stats.accepted_tokens
         check_identity(plain, engine, [request])
-        assert engine.stats.accepted_tokens > num_accepted + 5, request.request_id
+        fewest = 6 if request.grammar is None else 1
+        assert engine.stats.accepted_tokens >= num_accepted + fewest, request.request_id
     assert engine.stats.prefix_cached_tokens == plain.stats.prefix_cached_tokens > 0
