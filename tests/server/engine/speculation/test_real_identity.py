@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.guidance import Guidance
+from server.engine.guidance import Constraint, Guidance
 from server.engine.request import GenerationRequest, Grammar, SamplingParams
 from server.model.base.weights import BaseModel, load_base
 from server.model.native.model import NativeModel
@@ -91,15 +91,15 @@ def test_together(bench: Bench) -> None:
 
 
 @pytest.mark.thorough  # over HTTP: end_to_end/test_native_parity.py
-def test_one_after_the_other(bench: Bench) -> None:
+def test_one_after_the_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request gets accepted drafts, and continues from blocks computed with another's drafts.
 
-    With a grammar, how many depends on the measured time of a mask: 3 were seen on a busy machine.
+    Masks count as free: on a busy machine their measured time would shorten the drafts.
     """
+    monkeypatch.setattr(Constraint, "max_draft", 1000)
     plain, engine = bench.engine(), drafting(bench.engine())
     for request in bench.requests()[::2]:
         num_accepted = engine.stats.accepted_tokens
         check_identity(plain, engine, [request])
-        fewest = 6 if request.grammar is None else 1
-        assert engine.stats.accepted_tokens >= num_accepted + fewest, request.request_id
+        assert engine.stats.accepted_tokens > num_accepted + 5, request.request_id
     assert engine.stats.prefix_cached_tokens == plain.stats.prefix_cached_tokens > 0
