@@ -25,7 +25,7 @@ def decoding(engine: Engine, requests: list[GenerationRequest]) -> None:
     running = engine.scheduler.running
     while len(running) < len(requests) or not all(sequence.is_decoding for sequence in running):
         assert engine.has_work, "some requests ended before the others' adapters were loaded"
-        engine.step()
+        assert not [output.error for output in engine.step() if output.error is not None]
     engine.step()
 
 
