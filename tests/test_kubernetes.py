@@ -127,6 +127,15 @@ def test_a_budget_of_pods_without_a_scale_states_a_minimum() -> None:
     assert the("PodDisruptionBudget", "smolora-engine")["spec"]["minAvailable"] < group["replicas"]
 
 
+def test_api_pods_are_scaled_by_their_processors() -> None:
+    """Applying the Deployment again must not undo the autoscaler's number."""
+    spec = the("HorizontalPodAutoscaler", "smolora-api")["spec"]
+    target = spec["scaleTargetRef"]
+    assert "replicas" not in the(target["kind"], target["name"])["spec"]
+    assert 2 <= spec["minReplicas"] < spec["maxReplicas"]
+    assert container("api")["resources"]["requests"]["cpu"] == "1", "utilization is relative to the request"
+
+
 def test_a_new_image_is_rolled_out() -> None:
     """With the strategy None, KubeRay ignores it."""
     spec = the("RayService", "smolora")["spec"]
