@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -57,6 +57,14 @@ def token_bytes(tokenizer: BaseTokenizer) -> TokenBytes:
     return TokenBytes(*vocabulary_of(tokenizer))
 
 
+class EngineLoadingAtOnce(Engine):
+    """Loads adapters in the step that asks for them, so that its steps don't depend on the speed of threads."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.pool._placers = self.pool._reads._readers = Immediate()
+
+
 def build_engine(
     base: BaseModel,
     adapters: Mapping[str, LoraWeights] | Load | None = None,
@@ -75,8 +83,7 @@ def build_engine(
 ) -> Engine:
     """Return an engine with `num_blocks` usable blocks and a total rank of at most `max_rank` on all modules.
 
-    Its backend is torch's, or that of `native`, or `other`. With `loads_at_once`, adapters are loaded within the
-    step that asks for them, so that the steps don't depend on the speed of threads.
+    Its backend is torch's, or that of `native`, or `other`.
     """
     adapters = {} if adapters is None else adapters
     model = model or SmolLM(base.config, base.weights, max_positions=max_model_len)
@@ -93,10 +100,8 @@ def build_engine(
         scheduler=limits or SchedulerLimits(),
     )
     load = adapters.__getitem__ if isinstance(adapters, Mapping) else adapters
-    engine = Engine(backend, token_bytes(base.tokenizer), load, config, guidance=guidance, wake=wake)
-    if loads_at_once:
-        engine.pool._placers = engine.pool._reads._readers = Immediate()
-    return engine
+    make = EngineLoadingAtOnce if loads_at_once else Engine
+    return make(backend, token_bytes(base.tokenizer), load, config, guidance=guidance, wake=wake)
 
 
 def random_adapter(

@@ -26,6 +26,7 @@ from server.jobs.scoring import completions
 from server.jobs.specs import read_spec
 from server.model.base.weights import BaseModel
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
+from tests.kits.engines import EngineLoadingAtOnce
 from tests.kits.oracles.hugging_face import load_reference, logits, merged
 from tests.server.jobs.attempt_kit import Interruption, Shop, exact_match, job_data, rows_of_codes
 from tests.server.jobs.evaluate_kit import (
@@ -51,6 +52,12 @@ def adapters(shop: Shop) -> Shop:
     shop.publish("left", sample(shape, 1, rank=3))
     shop.publish("right", sample(shape, 2, rank=5, names=("q_proj", "down_proj")))
     return shop
+
+
+@pytest.fixture
+def loads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the number of an attempt's moments depends on how long a thread takes to load an adapter."""
+    monkeypatch.setattr("server.jobs.scoring.Engine", EngineLoadingAtOnce)
 
 
 def weighted(shop: Shop, expression: str) -> list[tuple[Any, float]]:
@@ -200,6 +207,7 @@ def test_ended_at_each_moment_in_turn(adapters: Shop, how: Interruption) -> None
     assert max(computed) == 3
 
 
+@pytest.mark.usefixtures("loads_at_once")
 @pytest.mark.parametrize("how", ["leave", "kill"])
 def test_resumed_evaluation_finds_the_same_in_all_metrics(adapters: Shop, how: Interruption) -> None:
     """Completions, decisions and sums of tokens are read back from the checkpoint of the first adapter."""
@@ -221,6 +229,7 @@ def test_resumed_evaluation_finds_the_same_in_all_metrics(adapters: Shop, how: I
     assert num_resumed >= 3
 
 
+@pytest.mark.usefixtures("loads_at_once")
 def test_checkpoint_of_an_earlier_release_is_read(adapters: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has whole answers instead of judged ones."""
     shop = adapters
