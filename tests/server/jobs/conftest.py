@@ -13,6 +13,7 @@ from server.database import WORKER_PATIENCE_SECONDS, connect
 from server.jobs.jobs import Jobs
 from server.jobs.leases import Leases
 from server.model.base.weights import BaseModel
+from tests.kits.engines import EngineLoadingAtOnce
 from tests.server.jobs.attempt_kit import Shop
 
 
@@ -51,3 +52,9 @@ def shop(new_database: Path, tmp_path: Path, tiny_base: BaseModel) -> Iterator[S
     engine = connect(tmp_path)
     yield Shop(tmp_path, engine, tiny_base)
     engine.dispose()
+
+
+@pytest.fixture
+def loads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the number of an attempt's moments depends on how long a thread takes to load an adapter."""
+    monkeypatch.setattr("server.jobs.scoring.Engine", EngineLoadingAtOnce)

@@ -51,6 +51,7 @@ def machine(tmp_path: Path, engine: sa.Engine, tiny_base: BaseModel, bucket: "Bu
     return on
 
 
+@pytest.mark.usefixtures("loads_at_once")
 @pytest.mark.parametrize("how", ["leave", "kill"])
 def test_another_machine_resumes_a_job(machine: Machine, bucket: "Bucket", how: Interruption) -> None:
     a, b, c = (machine(name) for name in "abc")

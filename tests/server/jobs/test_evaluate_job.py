@@ -26,7 +26,6 @@ from server.jobs.scoring import completions
 from server.jobs.specs import read_spec
 from server.model.base.weights import BaseModel
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
-from tests.kits.engines import EngineLoadingAtOnce
 from tests.kits.oracles.hugging_face import load_reference, logits, merged
 from tests.server.jobs.attempt_kit import Interruption, Shop, exact_match, job_data, rows_of_codes
 from tests.server.jobs.evaluate_kit import (
@@ -52,12 +51,6 @@ def adapters(shop: Shop) -> Shop:
     shop.publish("left", sample(shape, 1, rank=3))
     shop.publish("right", sample(shape, 2, rank=5, names=("q_proj", "down_proj")))
     return shop
-
-
-@pytest.fixture
-def loads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the number of an attempt's moments depends on how long a thread takes to load an adapter."""
-    monkeypatch.setattr("server.jobs.scoring.Engine", EngineLoadingAtOnce)
 
 
 def weighted(shop: Shop, expression: str) -> list[tuple[Any, float]]:
