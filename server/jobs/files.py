@@ -36,7 +36,7 @@ from server.jobs.tables import ENDED, Status, jobs, uses
 from server.jobs.turns import is_over
 from server.storage.home import CHECKPOINT_COPY, MODEL_COPY, ROWS_COPY, Home
 from server.storage.reserve import Reserve
-from server.training.job_data import DATA_NAME, TRAIN_NAME, VALIDATION_NAME
+from server.training.job_data import DATA_NAME, TEST_NAME, TRAIN_NAME, VALIDATION_NAME
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
@@ -47,7 +47,7 @@ MODEL_NAME, MODEL_MARK = "model", "config.json"
 TRACEPARENT_NAME = "traceparent"
 """The file with the traceparent of the span in which a traced job was submitted."""
 
-_ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME)  # all of them exist as long as the first does
+_ROWS = (DATA_NAME, TRAIN_NAME, VALIDATION_NAME, TEST_NAME)  # only a crash leaves others without the first
 _ORPHAN_SECONDS = 3600.0
 _AT_ONCE = 500  # jobs per query
 _WITHOUT_RESULT = (Status.FAILED, Status.CANCELLED)

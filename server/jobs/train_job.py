@@ -35,7 +35,7 @@ from server.model.base.weights import BaseModel
 from server.model.device import is_out_of_memory
 from server.storage.places import Storage
 from server.training.checkpoint import Checkpoints
-from server.training.decisions import fit_temperatures, question_reports, row_measures
+from server.training.decisions import by_question, fit_temperatures, question_reports, row_measures
 from server.training.evaluate import Scores
 from server.training.files import RowSources, results_id
 from server.training.job_data import JobData
@@ -200,7 +200,10 @@ class TrainingAttempt:
             on_test=on_test,
             test_comparison=None
             if test is None or on_test is None
-            else compare(on_test["tuned"], on_test["base"], test, spec.publish_metric),
+            else compare(
+                *(on_test["tuned"], on_test["base"], test, spec.publish_metric),
+                (by_question(data, evaluations["tuned"]), by_question(data, evaluations["base"])),
+            ),
             decisions=question_reports(
                 data,
                 evaluations,

@@ -86,9 +86,14 @@ def fit_temperatures(data: JobData, evaluation: Evaluation | None) -> dict[str, 
     return {digest: temperature for digest, temperature in found.items() if temperature is not None}
 
 
-def row_measures(data: JobData, evaluation: Evaluation | None) -> tuple[list[bool], list[float]]:
-    """Return for all questions' rows whether the decision is right, and its Brier score."""
-    decided = [group.calibrated for group in by_question(data, evaluation).values()]
+def row_measures(
+    data: JobData, evaluation: Evaluation | None, fitted: Mapping[str, QuestionScores] | None = None
+) -> tuple[list[bool], list[float]]:
+    """Return for all questions' rows whether the decision is right, and its Brier score.
+
+    `fitted` is as in `by_question`.
+    """
+    decided = [group.calibrated for group in by_question(data, evaluation, fitted).values()]
     are_right = [bool(one) for group in decided for one in group.is_right]
     return are_right, [float(one) for group in decided for one in group.brier_scores]
 
@@ -100,15 +105,19 @@ def question_reports(
 ) -> dict[str, object] | None:
     """Return the report's entries by the questions' names, or None if the job has no decisions.
 
-    `evaluations` are by the names of weights: `base`, `tuned`, and maybe `latest` and `parent`. If there are test
-    rows, the entries are about these: `on_test` has their evaluations, and none of `latest` and `parent`.
+    `evaluations` are by the names of weights: `base`, `tuned`, and maybe `latest` and `parent`. If a question has
+    test rows, its entry is about these: `on_test` has their evaluations, and none of `latest` and `parent`.
     """
     if data.decisions is None:
         return None
     groups = {name: by_question(data, evaluation) for name, evaluation in evaluations.items()}
     if on_test is not None and data.of_test is not None:
         found = {name: by_question(data.of_test, one, groups[name]) for name, one in on_test.items()}
-        groups = {name: found.get(name, {}) for name in groups}
+        untested = {
+            name: {digest: group for digest, group in of_all.items() if digest not in found["tuned"]}
+            for name, of_all in groups.items()
+        }
+        groups = {name: {**of_others, **found.get(name, {})} for name, of_others in untested.items()}
     return {
         question.name or "": _question_report(
             question, {name: found.get(question.digest) for name, found in groups.items()}

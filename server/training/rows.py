@@ -377,11 +377,13 @@ def set_aside(rows: CanonicalRows, share: float, validation: float) -> tuple[Can
     if share + validation >= 1:
         raise InvalidInput.of("test", "leaves no row to train on: test and validation must be below 1 together")
     digests = rows.digests()
-    largest, start = max(digests), int((1 - share) * 2.0**256).to_bytes(32, "big")
-    is_test = [digest == largest or digest >= start for digest in digests]
+    largest, start = max(digests), int((1 - share) * 2.0**256)  # 2²⁵⁶ for a share that rounds to nothing
+    is_test = [digest == largest or int.from_bytes(digest, "big") >= start for digest in digests]
     others = rows.chosen(not flag for flag in is_test)
     if not others:
         raise InvalidInput.of("test", "leaves no row to train on: all rows are equal; give a share of 0")
+    if validation and len(set(others.digests())) < 2:
+        raise InvalidInput.of("test", "leaves no row to train on besides the held-out ones: give a share of 0")
     return others, rows.chosen(is_test)
 
 

@@ -6,14 +6,14 @@ all rows of the job, trained ones included.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
 from typing import Literal
 
 from server.decisions.quality import difference_interval
-from server.training.decisions import row_measures
+from server.training.decisions import QuestionScores, row_measures
 from server.training.encoding import MAX_REFERENCES, Reference
 from server.training.evaluate import Evaluation, Scores
 from server.training.job_data import JobData
@@ -26,6 +26,8 @@ MIN_HELD_OUT = 20
 _Z = 1.959964
 """The normal distribution's quantile for a two-sided interval of 95 %."""
 _MEANS = {"loss": "loss", "brier": "Brier score"}
+Fitted = tuple[Mapping[str, QuestionScores], Mapping[str, QuestionScores]]
+"""The held-out decisions of both weights by question, to which the temperatures of test rows are fitted."""
 _WORDS = {"better": "better than", "worse": "worse than", "can't tell": "neither clearly better nor worse than"}
 
 
@@ -99,10 +101,15 @@ class Comparison:
         }
 
 
-def compare(tuned: Scores, other: Scores, data: JobData, metric: Metric) -> Comparison | None:
-    """Compare two measurements of the job's rows. Return None if nothing was measured that can be compared."""
+def compare(
+    tuned: Scores, other: Scores, data: JobData, metric: Metric, fitted: Fitted | None = None
+) -> Comparison | None:
+    """Compare two measurements of the job's rows. Return None if nothing was measured that can be compared.
+
+    If the rows are test rows, `fitted` has both weights' held-out decisions.
+    """
     if tuned.held_out is not None and other.held_out is not None:
-        found = compare_held_out(tuned.held_out, other.held_out, data, metric)
+        found = compare_held_out(tuned.held_out, other.held_out, data, metric, fitted)
         if found is not None:
             return found
     pairs = _pairs(data, tuned, other)
@@ -114,7 +121,9 @@ def compare(tuned: Scores, other: Scores, data: JobData, metric: Metric) -> Comp
     return Comparison("loss", len(rows), False, *losses)
 
 
-def compare_held_out(tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric) -> Comparison | None:
+def compare_held_out(
+    tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric, fitted: Fitted | None = None
+) -> Comparison | None:
     """Compare two evaluations. Return None if they have fewer than `MIN_HELD_OUT` rows for the metric."""
     if metric == "loss":
         differences = [first - second for (first, _), (second, _) in zip(tuned.rows, other.rows, strict=True)]
@@ -123,14 +132,20 @@ def compare_held_out(tuned: Evaluation, other: Evaluation, data: JobData, metric
             None if len(counts) < MIN_HELD_OUT else _of_means(metric, differences, counts, tuned.loss, other.loss)
         )
     if metric in DECISION_METRICS:
-        return _of_decisions(tuned, other, data, metric)
+        return _of_decisions(tuned, other, data, metric, fitted)
     pairs = _pairs(data, Scores(tuned), Scores(other))
     return None if len(pairs) < MIN_HELD_OUT else _of_matches(pairs, includes_trained=False)
 
 
-def _of_decisions(tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric) -> Comparison | None:
-    """Compare decisions, with temperatures by cross-fitting on both sides."""
-    (are_right, scores), (others_right, others) = row_measures(data, tuned), row_measures(data, other)
+def _of_decisions(
+    tuned: Evaluation, other: Evaluation, data: JobData, metric: Metric, fitted: Fitted | None
+) -> Comparison | None:
+    """Compare decisions, with temperatures of `fitted`, or by cross-fitting, on both sides."""
+    of_tuned, of_other = fitted or (None, None)
+    (are_right, scores), (others_right, others) = (
+        row_measures(data, tuned, of_tuned),
+        row_measures(data, other, of_other),
+    )
     if min(len(scores), len(others)) < MIN_HELD_OUT:
         return None
     if metric == "accuracy":

@@ -59,7 +59,7 @@ def test_test_rows_are_measured_as_held_out_rows_are(shop: Shop) -> None:
 def test_decisions_are_judged_on_test_rows(shop: Shop, tiny_base: BaseModel, num_held_out: int) -> None:
     """Their temperature is fitted to held-out rows alone, if there are enough."""
     data, other = decisions(tiny_base, num_held_out), decisions(tiny_base, 40)
-    report = report_of(shop, SPEC, with_test(data, other), "job")
+    report = report_of(shop, replace(SPEC, publish_metric="brier"), with_test(data, other), "job")
     found = report["decisions"]["kind"]
     version = shop.catalog.version("job", 1)
     stored: Any = version.config["decisions"]
@@ -78,5 +78,26 @@ def test_decisions_are_judged_on_test_rows(shop: Shop, tiny_base: BaseModel, num
     tuned = found["tuned"]
     assert tuned["brier"]["value"] == pytest.approx(brier(temperature or 1.0))
     assert tuned["uncalibrated"]["brier"]["value"] == pytest.approx(brier(1.0))
+    assert report["test"]["comparison"]["metric"] == "brier"
+    assert report["test"]["comparison"]["tuned"] == pytest.approx(brier(temperature or 1.0))
     assert "test rows" in found["summary"]
     assert ("Don't trust its probabilities: 20 held-out rows" in found["summary"]) is (temperature is None)
+
+
+def test_a_question_without_test_rows_is_judged_on_held_out_rows(shop: Shop, tiny_base: BaseModel) -> None:
+    data = decisions(tiny_base, 24)
+    assert data.validation is not None
+    without = replace(data, test=TestRows(data.validation, (), ()))
+    found, plain = (report_of(shop, SPEC, one, name) for one, name in ((without, "without"), (data, "plain")))
+    assert found["decisions"] == plain["decisions"]
+    assert (found["decisions"]["kind"]["rows"], found["decisions"]["kind"]["num_rows"]) == ("held-out", 24)
+
+
+def test_test_rows_are_removed_with_the_others(shop: Shop) -> None:
+    data = job_data(shop.base, num_held_out=3)
+    shop.submit(CODES, with_test(data, data), "job")
+    rows = [path.name for path in shop.files.directory("job").glob("*.safetensors")]
+    assert sorted(rows) == ["test.safetensors", "train.safetensors", "validation.safetensors"]
+    shop.jobs.cancel("job")
+    shop.files.drop_rows("job")
+    assert list(shop.files.directory("job").glob("*.safetensors")) == []

@@ -109,7 +109,16 @@ def test_test_rows_have_the_highest_hashes(texts: list[str], share: float, valid
     assert split(left, validation)[1] == [row for row in split(texts, validation)[1] if row not in high]
 
 
-@pytest.mark.parametrize(("texts", "share", "validation"), [(["a", "a"], 0.1, 0.0), (["a", "b", "c"], 0.5, 0.5)])
+def test_at_least_one_row_is_a_test_row() -> None:
+    texts = [str(i) for i in range(10)]
+    _, test = set_aside(CanonicalRows.of(TextRow(text) for text in texts), 5e-324, 0.1)
+    assert [row.text for row in test if isinstance(row, TextRow)] == [max(texts, key=digest)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "validation"),
+    [(["a", "a"], 0.1, 0.0), (["a", "b", "c"], 0.5, 0.5), (["a", "b", "b"], 0.1, 0.1)],
+)
 def test_test_rows_leave_some_to_train_on(texts: list[str], share: float, validation: float) -> None:
     with pytest.raises(InvalidInput) as caught:
         set_aside(CanonicalRows.of(TextRow(text) for text in texts), share, validation)
