@@ -1,7 +1,7 @@
 """Blobs in an object store: one that speaks S3's protocol, or a directory that several machines mount.
 
 Credentials, region and endpoint come from the usual AWS_* variables, which obstore reads. A failed request is
-retried with jitter for `patience` seconds, and the last attempt may take half as long again. All requests may be
+retried with jitter for `patience` seconds, and the last attempt may take as long again. All requests may be
 repeated. Conditional puts, which may not, aren't used; some stores don't support them anyway.
 
 If the store gave no answer in all that time, other operations fail at once for OUTAGE_SECONDS. So what a
@@ -41,7 +41,8 @@ OUTAGE_SECONDS = RETRY_AFTER
 _PIECE = 16 << 20  # bytes of a large object that one request reads
 _KEYS = 1000  # the most keys that S3 deletes in one request
 _FILE = "file://"
-_RETRIED = frozenset({"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout"})  # and statuses 5xx
+_RETRIED = frozenset({"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout"})  # codes
+_RETRIED_STATUSES = frozenset({"500", "502", "503", "504", "507"})  # whatever the code, which stores may invent
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -225,16 +226,18 @@ class Bucket:
                 return answer
             except (BaseError, OSError) as error:
                 # Only a code is logged: the store's own message may quote what was signed.
-                found = _CODE.search(str(error)) or _STATUS.search(str(error))
+                status = _STATUS.search(str(error))
+                found = _CODE.search(str(error)) or status
                 if isinstance(error, FileNotFoundError) and (found is None or found[1] in ("404", "NoSuchKey")):
                     self._outage.answered()
                     raise Missing("there is no such object") from None
                 is_over = time.monotonic() - began > self._patience
-                if found is not None:
+                if found is not None or isinstance(self._store, LocalStore):  # a disk's error is an answer
                     self._outage.answered()
                 elif is_over:
                     self._outage.failed(began)
-                if is_over or not (found is None or found[1] in _RETRIED or found[1].startswith("5")):
+                is_transient = found is None or found[1] in _RETRIED or (status and status[1] in _RETRIED_STATUSES)
+                if is_over or not is_transient:
                     reason = f": {found[1]}" if found else ""
                     log.warning("the object store failed: %s%s", type(error).__name__, reason)
                     raise BytesUnavailable(retry_after=RETRY_AFTER) from None

@@ -131,8 +131,9 @@ class BucketAdapterStore(AdapterStore):
 
         Copies with tombstones count if there are no others: a sweep keeps them as long as the catalog wants them.
         """
+        buried = self._deletions.buried(digest)  # before the copies: a sweep removes a copy before its tombstone
         copies = self._copies.whole(digest)
-        for copy in self._deletions.without_tombstones(digest, copies) or copies:
+        for copy in [copy for copy in copies if copy.id not in buried] or copies:
             temporary, hold = self._temporary()
             try:
                 self._fetch(copy, temporary)
@@ -332,13 +333,8 @@ class _Deletions:
 
         The tombstones must be listed before the copies: see the module's docstring.
         """
-        buried = self._buried(digest)
+        buried = self.buried(digest)
         return next((copy for copy in self._copies.whole(digest) if copy.id not in buried), None)
-
-    def without_tombstones(self, digest: str, copies: Iterable[Copy]) -> list[Copy]:
-        """Return the digest's copies, among `copies`, that have no tombstone."""
-        buried = self._buried(digest)
-        return [copy for copy in copies if copy.id not in buried]
 
     def is_doubted(self, digest: str) -> bool:
         """Return whether there is a doubt about the digest, by any process."""
@@ -349,13 +345,14 @@ class _Deletions:
         found: list[Copy] = []
         for copy in self._copies.all():
             digest = copy.folder
-            if copy.is_whole or copy.id in self._buried(digest) or self.is_doubted(digest):
-                continue
+            if copy.is_whole or self.is_doubted(digest) or copy.id in self.buried(digest):
+                continue  # in this order: a sweep writes the tombstone, then it removes the doubt
             # listed again: its upload may have ended, and the doubt with it
             found += [now for now in self._copies.of(digest) if now.id == copy.id and not now.is_whole]
         return found
 
-    def _buried(self, digest: str) -> set[str]:
+    def buried(self, digest: str) -> set[str]:
+        """Return the ids of the digest's copies that have a tombstone."""
         return {stored.key.split("/")[1] for stored in self._tombstones.listed(f"{digest}/")}
 
     def bury(self, copies: Iterable[Copy]) -> None:

@@ -121,7 +121,13 @@ def doctor(
     with exempt_from_gc():
         from server.operations import doctor as checks
 
-    url = load(WorkerSettings, home=home).database
+    settings = load(WorkerSettings, home=home)
+    url = settings.database
+    if rebuild and url is not None and settings.bytes_url is None:  # before anything is created there
+        raise StartupError(
+            "--rebuild: with SMOLORA_DATABASE_URL and without SMOLORA_BYTES_URL, there are no records to rebuild "
+            "from: restore a dump with pg_restore"
+        )
     storage = storage_of(home) if url is None else _used_with(url, home, may_be_empty=rebuild)
     place, bucket = storage.home.path, storage.bucket
     rebuilt = checks.rebuild(place, bucket, url) if rebuild else None

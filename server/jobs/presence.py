@@ -113,7 +113,7 @@ def announced(engine: sa.Engine, beat_seconds: float = BEAT_SECONDS) -> Iterator
 
 
 class _Beat:
-    """A thread that renews this worker's row. Nobody waits for a database that doesn't answer."""
+    """A thread that renews this worker's row. `end` alone waits for the database, for a few seconds at most."""
 
     def __init__(self, engine: sa.Engine, beat_seconds: float) -> None:
         self._engine = without_writers_lock(engine, is_losable=True).execution_options(**{PATIENCE: 0.0})
@@ -140,6 +140,7 @@ class _Beat:
         while not self._has_ended.is_set():
             try:
                 transact(self._engine, self._renew)
+                transact(self._engine, self._remove_expired)  # apart: workers that hold a row each would deadlock
                 is_fine = True
             except (DBAPIError, Unavailable) as error:
                 if is_fine:  # once for each outage
@@ -154,6 +155,9 @@ class _Beat:
         mine = workers.c.name == self._row["name"]
         if not connection.execute(sa.update(workers).where(mine).values(self._row | now)).rowcount:
             connection.execute(sa.insert(workers).values(self._row | now))
+
+    @staticmethod
+    def _remove_expired(connection: sa.Connection) -> None:
         is_over = database_time() - workers.c.seen_at > KEEP_SECONDS
         connection.execute(sa.delete(workers).where(is_over))
 

@@ -181,16 +181,12 @@ def _examine(storage: Storage, url: str | None, with_uploads: bool) -> Diagnosis
 def rebuild(home: Path, bucket: "Bucket | None" = None, url: str | None = None) -> Rebuilt:
     """Recover the catalog from the stored adapters, in a new database if the old one is missing or damaged.
 
-    The database at `url`, on a PostgreSQL server, must be sound or empty. Raise StartupError if there is no such
-    HOME, if another process uses it or that database, or if PostgreSQL or the bucket can't be reached.
+    `url` names a database on a PostgreSQL server, and needs a bucket, since only a bucket has records then. Raise
+    StartupError if there is no such HOME, if another process uses it or that database, or if PostgreSQL or the
+    bucket can't be reached.
     """
     storage = Storage(Home(home), bucket)
     _check_home(storage)
-    if url is not None and bucket is None:
-        raise StartupError(
-            "--rebuild: with SMOLORA_DATABASE_URL and without SMOLORA_BYTES_URL, there are no records to rebuild "
-            "from: restore a dump with pg_restore"
-        )
     with serving(home), as_startup_error(home):  # no server may start meanwhile
         return _rebuild(storage, url)
 
@@ -205,19 +201,23 @@ def _rebuild(storage: Storage, url: str | None) -> Rebuilt:
             is_new = bool(faults(home))
             moved = set_aside(home) if is_new else []
     store, records = storage.adapters(), storage.records()
-    damaged = _damaged(store, store.digests())
-    whole = set(store.digests()) - damaged.keys()
+    # `digests` lacks one whose only copy has a tombstone. If the catalog wants it, a sweep keeps it.
+    known = set(store.digests()) | {version.digest for version in records.read().versions if not version.parts}
+    damaged = _damaged(store, known)
+    whole = known - damaged.keys()
     engine = connect(home, url=url)
-    catalog = Catalog(engine, records)
-    if url is not None:
-        is_new = not Catalog(engine, of=Viewpoint(sees_all=True)).list(limit=1)
-    found = catalog.recover(whole.__contains__, Jobs(engine).is_known)
-    store.doubt(digest for digest in whole if not catalog.in_use(digest))
+    try:
+        catalog = Catalog(engine, records)
+        if url is not None:
+            is_new = not Catalog(engine, of=Viewpoint(sees_all=True)).list(limit=1)
+        found = catalog.recover(whole.__contains__, Jobs(engine).is_known)
+        store.doubt(digest for digest in whole if not catalog.in_use(digest))
+    finally:
+        engine.dispose()
     store.doubt({name.split("/")[1] for name in store.incomplete()})
     lost_jobs = {version.job_id for version in records.read().versions if version.job_id is not None}
     files = JobFiles(home, storage.bucket)
     lost_jobs |= {name for name in files.stored() if name.startswith("job-")}
-    engine.dispose()
     lost = sorted(lost_jobs) if is_new else []
     models = [files.model(job_id).relative_to(home).as_posix() for job_id in lost if files.model(job_id).is_dir()]
     return Rebuilt(is_new, tuple(moved), found, tuple(lost), tuple(models))

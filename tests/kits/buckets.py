@@ -26,15 +26,17 @@ EITHER = ["directory", pytest.param("bucket", marks=pytest.mark.cluster)]
 """Kinds of stores: parameters of fixtures."""
 
 _IS_EMPTY = re.compile(rb"\r\ncontent-length: 0\r\n", re.IGNORECASE)
-Failure = Literal["", "500", "stall", "cut", "half", "full"]
+Failure = Literal["", "500", "busy", "stall", "cut", "half", "full"]
+_BUSY = b"<Error><Code>XMinioServerNotInitialized</Code></Error>"
 OpenBucket = Callable[..., "Bucket"]
 
 
 class Proxy:
     """Forwards connections to the store, each with one request, and counts requests by method and path.
 
-    `failure` is how the next requests fail: an answer of 500, no answer, a closed connection, half an answer, or
-    no space for writes; "" for none. `failures` is how many more fail; below 0: all.
+    `failure` is how the next requests fail: an answer of 500, one of 503 with a code of MinIO's, no answer, a
+    closed connection, half an answer, or no space for writes; "" for none. `failures` is how many more fail; below
+    0: all.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -80,6 +82,9 @@ class Proxy:
             failure = self._next(head)
             if failure == "500":
                 client.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            elif failure == "busy":
+                client.sendall(b"HTTP/1.1 503 Busy\r\nConnection: close\r\n")
+                client.sendall(b"Content-Length: %d\r\n\r\n" % len(_BUSY) + _BUSY)
             elif failure == "full" and head.startswith(b"PUT ") and not _IS_EMPTY.search(head):
                 client.sendall(b"HTTP/1.1 507 Full\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             elif failure == "stall":

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_transient_failures_are_retried(failure: Failure, proxied: "Bucket", pro
         assert proxy.failures <= 0
     proxy.fail("")
     assert content(patient, "c") == b"x" * 100_000
+
+
+@pytest.mark.parametrize("failure", ["500", "busy", "cut"])
+def test_failures_are_retried_for_all_of_the_patience(failure: Failure, proxied: "Bucket", proxy: Proxy) -> None:
+    """obstore retries for half of it, here for half a second."""
+    from adapters.storage.bucket import Bucket as Real
+
+    patient = Real(proxied._store, patience=60.0)
+    patient.put("a", b"1")
+    proxy.fail(failure)
+    threading.Timer(2.0, lambda: proxy.fail("")).start()
+    assert patient.get("a") == b"1"
 
 
 @pytest.mark.parametrize("failure", FAILURES)

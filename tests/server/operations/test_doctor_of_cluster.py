@@ -220,15 +220,20 @@ def test_tables_without_columns_and_rows_without_parents_are_found(
     assert "--rebuild" not in output
 
 
+def tables(url: str) -> list[str]:
+    raw = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    try:
+        return sa.inspect(raw).get_table_names()
+    finally:
+        raw.dispose()
+
+
 def test_a_lost_database_is_rebuilt(storage: Storage, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLORA_DATABASE_URL", fresh := postgres.url(postgres.new()))
     code, output = doctor()
     assert code == 1
     assert "no server has used this database yet" in output
-    raw = sa.create_engine(fresh.replace("postgresql:", "postgresql+psycopg:"))
-    with raw.connect() as connection:
-        assert sa.inspect(connection).get_table_names() == [], "it changed nothing"
-    raw.dispose()
+    assert tables(fresh) == [], "it changed nothing"
     code, output = doctor("--rebuild")
     assert code == 0, output
     lines = output.splitlines()
@@ -255,8 +260,21 @@ def test_another_place_or_a_running_server_is_refused(
     assert "give all servers and workers on it the same place" in output
 
 
+def test_a_rebuild_publishes_a_version_whose_only_copy_has_a_tombstone(
+    storage: Storage, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep keeps such a copy as long as the catalog wants it."""
+    store = storage.adapters()
+    assert isinstance(store, BucketAdapterStore)
+    store._deletions.bury(store._copies.whole(digest_of(2)))
+    monkeypatch.setenv("SMOLORA_DATABASE_URL", postgres.url(postgres.new()))
+    code, output = doctor("--rebuild")
+    assert code == 0, output
+    assert output.splitlines()[0] == "published again from the directories: a@1, a@2, b@1, mix@1"
+
+
 def test_a_home_with_postgresql_is_checked_without_records(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Home(tmp_path / "home")
     engine = connect(home.path, url=url)
@@ -278,9 +296,11 @@ def test_a_home_with_postgresql_is_checked_without_records(
     assert doctor()[1].endswith("sound: 1 version, 1 stored adapter, 0 uploads checked\n")
     store.discard(version.digest)
     assert examine(home.path, url=url).findings[0].about == "a@1"
+    monkeypatch.setenv("SMOLORA_DATABASE_URL", fresh := postgres.url(postgres.new()))
     code, output = doctor("--rebuild")
     assert code == 1
     assert "pg_restore" in output
+    assert tables(fresh) == [], "pg_restore needs an empty database"
 
 
 def test_an_examination_changes_no_object(storage: Storage, url: str, bucket: "Bucket") -> None:
