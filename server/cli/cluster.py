@@ -167,11 +167,13 @@ def status(home: HomeOption = None) -> None:
 
 def _workers(settings: WorkerSettings) -> "list[PresentWorker]":
     """Return the workers of all machines. Raise StartupError if the database can't be opened or read."""
-    from server.database import as_startup_error, connect, existing
+    from server.database import as_startup_error, connect, existing, refuse_unused
     from server.jobs.presence import present_workers
 
     if settings.database is None:
         existing(settings.home)
+    else:
+        refuse_unused(settings.database)  # before `connect` makes tables there
     with as_startup_error(settings.home):
         engine = connect(settings.home, url=settings.database)
         try:

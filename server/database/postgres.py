@@ -19,7 +19,8 @@ connection's row in the table `marks`. After a lost commit the process writes to
 the old session has ended, and reads the number. Each commit also notifies all processes (LISTEN and NOTIFY).
 
 Some writes don't take the lock (NO_WRITERS_LOCK), since there are many of them and row locks order them well
-enough: usage, the times at which keys were used, rates, and the metrics of training steps.
+enough: usage, the times at which keys were used, rates, leases, the workers' rows, and the metrics of training
+steps.
 """
 
 import logging

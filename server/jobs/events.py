@@ -61,7 +61,7 @@ def read(connection: sa.Connection, job_id: str, after: int, limit: int) -> list
 
 
 def remove_samples(connection: sa.Connection, job_id: str) -> None:
-    """Remove from the job's events what was answered to its held-out rows, within the caller's transaction."""
+    """Remove the samples, which quote held-out rows, from the job's events, within the caller's transaction."""
     mine = sa.and_(events.c.job_id == job_id, events.c.data[SAMPLES].as_string().is_not(None))
     for seq, data in connection.execute(sa.select(events.c.seq, events.c.data).where(mine)).all():
         rest = {key: value for key, value in data.items() if key != SAMPLES}

@@ -54,7 +54,6 @@ class PresentWorker:
     host: str
     pid: int
     since: datetime
-    seen_seconds_ago: float  # since it renewed its row
     job_ids: tuple[str, ...]
 
     def line(self) -> str:
@@ -78,18 +77,15 @@ def present_workers(engine: sa.Engine, home: Path) -> list[PresentWorker]:
         started = {name: started_at(home, name) for name in workers_of(home)}
         parts = {name: name.split(":") for name in started}
         return [
-            PresentWorker(name, parts[name][0], int(parts[name][1]), since, 0.0, tuple(job_ids[name]))
+            PresentWorker(name, parts[name][0], int(parts[name][1]), since, tuple(job_ids[name]))
             for name, since in started.items()
         ]
-    return [
-        PresentWorker(row.name, row.host, row.pid, row.since, max(0.0, row.age), tuple(job_ids[row.name]))
-        for row in rows
-    ]
+    return [PresentWorker(row.name, row.host, row.pid, row.since, tuple(job_ids[row.name])) for row in rows]
 
 
 def _present() -> "sa.Select[tuple[object, ...]]":
     age = database_time() - workers.c.seen_at
-    return sa.select(*workers.c, age.label("age")).where(age < KEEP_SECONDS).order_by(workers.c.name)
+    return sa.select(workers).where(age < KEEP_SECONDS).order_by(workers.c.name)
 
 
 def present_names(engine: sa.Engine) -> set[str]:

@@ -25,6 +25,7 @@ from adapters.peft.files import PeftAdapter
 from adapters.storage.durable import remove_unfinished
 from server.decisions.stored import KEY as DECISIONS
 from server.errors import GenerationFailed
+from server.jobs.events import SAMPLES
 from server.jobs.files import JobFiles
 from server.jobs.jobs import FINE_TUNING, STOP_STEP, Job, Status
 from server.jobs.leases import Claim, LeaseLost, Leases
@@ -242,7 +243,7 @@ class TrainingAttempt:
                     worse=worse,
                     warnings=warnings,
                     notes=tuple(unmeasured.values()),
-                    data={"step": outcome.step, "samples": outcome.samples} if outcome.samples else {},
+                    data={"step": outcome.step, SAMPLES: outcome.samples} if outcome.samples else {},
                     num_bytes=num_bytes if adapter is None else 0,
                 )
             except (LeaseLost, LimitReached) as error:

@@ -41,7 +41,7 @@ class HomeCollector(Collector):
         *,
         elsewhere: Callable[[], set[str]] | None = None,
     ) -> None:
-        """`elsewhere` returns the names of workers with other HOMEs. If it is None, there are none."""
+        """`elsewhere` returns the names of all machines' workers. If it is None, only this HOME has workers."""
         self._home = home
         self._jobs = jobs
         self._min_free_bytes = min_free_bytes

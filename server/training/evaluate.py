@@ -63,7 +63,8 @@ class Evaluation:
 class Scores:
     """Measurements of one set of weights on a job's held-out rows, and its exact matches on training rows.
 
-    `answers` are those to the job's samples, if they were asked; None: it can't be given.
+    `answers` has the answer to each of the job's samples, or None for a sample that can't be answered. It is empty
+    if no samples were asked.
     """
 
     held_out: Evaluation | None = None

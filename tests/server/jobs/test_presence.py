@@ -156,7 +156,6 @@ def test_a_worker_has_a_row_while_it_lives(shared: sa.Engine, tmp_path: Path) ->
         (worker,) = present_workers(shared, tmp_path)
         assert (worker.name, worker.pid, worker.job_ids) == (own_name(), os.getpid(), ())
         assert worker.host == socket.gethostname()
-        assert 0 <= worker.seen_seconds_ago < KEEP_SECONDS
         submit(Jobs(shared), "job-1")
         assert Leases(shared).claim(own_name()) is not None
         assert [worker.job_ids for worker in present_workers(shared, tmp_path)] == [("job-1",)]
