@@ -48,7 +48,13 @@ def overfitted(num_rows: int, kept_step: int = 4) -> dict[str, object]:
     tuned = held_out[kept_step]
     return {
         "method": "lora",
-        "evaluation": {"num_rows": num_rows, "base": measures(4.61), "tuned": measures(tuned), "latest": None},
+        "evaluation": {
+            "num_rows": num_rows,
+            "num_completions": num_rows,
+            "base": measures(4.61),
+            "tuned": measures(tuned),
+            "latest": None,
+        },
         "gate": {"passes": True, "reason": ""},
         "steps": 12,
         "kept_step": kept_step,
@@ -105,7 +111,7 @@ def test_a_rising_held_out_loss_is_reported(
 def test_a_held_out_share_that_strays_is_explained(server: ServerProcess, browser: Browser, job: str) -> None:
     """Also by a dry run, which is the first to show how many rows are held out."""
     data = {"rows": 29, "validation_rows": 11, "trained_tokens": 100}
-    sentence = "11 of 40 rows are held out, not 4: each row's text decides its side"
+    sentence = "11 of 40 rows are held out, not 4: each row's text decides whether it is held out"
     for share, validation_rows, is_explained in ((0.1, 11, True), (0.1, 5, False), ("rows", 11, False)):
         with page_of(browser, server.url) as page:
             counts = data | {"validation_rows": validation_rows}
@@ -187,6 +193,12 @@ def test_verdicts_and_recall(server: ServerProcess, browser: Browser, job: str) 
         expect(sentences.nth(1)).to_have_text(
             "No clear difference from waits@2: 200 rows right against 199 "
             "(400 held-out rows; the difference may be \N{MINUS SIGN}16 to +17 points)."
+        )
+        evaluation = {"num_rows": 300, "num_completions": 200, "base": measures(4), "tuned": measures(1, 0.75)}
+        pretend(page, server, job, report | {"evaluation": evaluation, "data": {"overlap": 3}}, adapter=None)
+        page.reload()
+        expect(sentences.first).to_have_text(
+            "Right on 150 of 200 held-out rows (the base: 0 of 200), and 25 of 25 trained rows."
         )
         unmeasured = {"base": against_base, "latest": None, "parent": None}
         pretend(page, server, job, report | {"comparisons": unmeasured}, adapter=None)
@@ -398,7 +410,7 @@ def test_answers_to_held_out_prompts_by_step(server: ServerProcess, browser: Bro
     steps[7]["samples"] = samples("", " Gone")
     steps[11]["samples"] = samples(" Not Found\n", " Not")
     with page_of(browser, server.url, PHONE) as page:
-        pretend(page, server, job, overfitted(3), steps, adapter=None)
+        pretend(page, server, job, overfitted(3, 12), steps, adapter=None)
         page.goto(f"{server.url}/#/train/{job}")
         shown = page.get_by_role("region", name="Answers while training")
         first, second = (shown.get_by_role("article", name=f"Prompt {place}") for place in (1, 2))
@@ -408,7 +420,7 @@ def test_answers_to_held_out_prompts_by_step(server: ServerProcess, browser: Bro
         expect(newest.locator("dd")).to_have_text(["Not Found", "right Not Found", "that <b>nothing</b> works"])
         expect(second.locator("dl").first.locator("dd")).to_have_text(["Not Found", "Not", "\N{EN DASH}"])
         for place in (first, second):
-            place.get_by_text("2 earlier answers").click()
+            place.get_by_text("2 other answers").click()
         earlier = first.locator("details dl")
         expect(earlier.locator("dt")).to_have_text(["Step 8", "Step 4"])
         expect(earlier.locator("dd")).to_have_text(["(nothing)", "Found"])
@@ -419,6 +431,9 @@ def test_answers_to_held_out_prompts_by_step(server: ServerProcess, browser: Bro
         expect(long).to_be_visible()
         assert violations(page) == []
         assert not is_wider_than_the_screen(page)
+        pretend(page, server, job, overfitted(3, 4), steps, adapter=None)
+        page.reload()
+        expect(newest.locator("dt")).to_have_text(["Wanted", "Step 4", "Base"])  # whose weights were published
     with page_of(browser, server.url) as page:
         pretend(page, server, job, overfitted(3), adapter=None)
         page.goto(f"{server.url}/#/train/{job}")

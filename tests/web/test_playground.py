@@ -162,9 +162,9 @@ def test_tokens_of_a_prompt_are_counted(server: ServerProcess, page: Page) -> No
     page.get_by_role("button", name="Count tokens").click()
     messages = [{"role": "user", "content": "of whom?"}]
     counted = server.client.post("/tokenize", json={"messages": messages}).json()
-    words = page.get_by_text("tokens of at most")
+    words = page.get_by_text("prompt and answer together")
     expect(words).to_have_text(
-        f"{counted['count']} tokens of at most {counted['max_model_len']:,}, with the answer"
+        f"{counted['count']} tokens; prompt and answer together may have {counted['max_model_len']:,}"
     )
     page.get_by_role("textbox", name="Question").fill("of what?")
     expect(words).to_have_count(0)
@@ -503,3 +503,18 @@ def test_weights_are_measured_on_held_out_rows(server: ServerProcess, page: Page
     expect(page.get_by_label("Expression")).to_have_value("known*0.5")
     page.get_by_role("checkbox", name="Only rows that were held out of training").uncheck()
     expect(page.get_by_text("A part was trained on this data set")).to_be_visible()
+    body = {
+        "name": "child",
+        "start_from": "known",
+        "data": [{"text": "Another row"}],
+        "training": {"max_steps": 1},
+    }
+    job = server.client.post("/train", json=body).raise_for_status().json()
+    wait_until(
+        lambda: server.client.get(f"/train/{job['id']}").json()["status"] == "succeeded", what="a trained child"
+    )
+    page.reload()
+    page.get_by_label("Expression").fill("child")
+    page.get_by_text("Find the best weights").click()
+    page.get_by_label("Data set").select_option(data)  # on which its parent was trained
+    expect(page.get_by_role("checkbox", name="Only rows that were held out of training")).to_be_visible()

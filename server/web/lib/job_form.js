@@ -103,7 +103,8 @@ export function withFurther({ rest }, { part, name }, value) {
 
 /** What an earlier job had that no field shows. @param {Fields} form @returns {Record<string, any>} */
 export const unshownOf = (form) =>
-  FURTHER.reduce((rest, setting) => withFurther({ ...form, rest }, setting, null), form.rest);
+  FURTHER.filter(({ name }) => name !== "test" || typeof form.rest["test"] === "number") // rows or a data set
+    .reduce((rest, setting) => withFurther({ ...form, rest }, setting, null), form.rest);
 
 /** The form's values for a request, as somebody wrote it. @param {Record<string, any>} body @returns {Fields} */
 export function fieldsOf(body) {

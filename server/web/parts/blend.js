@@ -36,9 +36,10 @@ export function Blend({ adapters, value, problem, onChange }) {
   const rows = (terms ?? []).map((term, place) => {
     const adapter = seen.current.get(term.name);
     const isOnly = terms?.filter((other) => other.name === term.name).length === 1;
+    const nth = terms?.slice(0, place).filter((other) => other.name === term.name).length; // the first keeps its row
     const label = isOnly || !term.pin ? term.name : `${term.name}@${term.pin}`;
     return adapter
-      ? html`<${Row} key=${isOnly ? term.name : `${term.name} ${place}`} adapter=${adapter} label=${label} term=${term} further=${furtherOf(adapter, terms ?? [])} change=${(/** @type {Term | null} */ next) => change(place, next)} onAdd=${(/** @type {Term} */ next) => change(terms?.length ?? 0, next)} />`
+      ? html`<${Row} key=${nth ? `${term.name} ${nth}` : term.name} adapter=${adapter} label=${label} term=${term} further=${furtherOf(adapter, terms ?? [])} change=${(/** @type {Term | null} */ next) => change(place, next)} onAdd=${(/** @type {Term} */ next) => change(terms?.length ?? 0, next)} />`
       : null;
   });
   for (const adapter of unused)
@@ -89,7 +90,7 @@ function Row({ adapter, label, term, further, change, onAdd }) {
             ${newestFirst(adapter).map(({ version }) => html`<option value=${String(version)} selected=${term.pin === String(version)}>version ${version}</option>`)}
           </select>
           <${Slider} label=${label} weight=${term.weight} onChange=${(/** @type {number} */ weight) => change({ ...term, weight })} />
-          ${further && onAdd ? html`<button type="button" class="link more" onClick=${() => onAdd({ name, pin: String(further.version), weight: 1 })}>Add version ${further.version}</button>` : null}`
+          ${further && onAdd ? html`<button type="button" class="link more" aria-label="Add version ${further.version} of ${name}" onClick=${() => onAdd({ name, pin: String(further.version), weight: 1 })}>Add version ${further.version}</button>` : null}`
         : null
     }
   </li>`;

@@ -14,10 +14,10 @@ const FEW_ROWS = 20;
 const MOST_ROSE = 1.02; // a held-out curve that ends this much above its lowest point has risen
 
 const MEASURES = /** @type {const} */ ([
-  ["loss", "Held-out loss", loss],
+  ["loss", "Loss", loss],
   ["perplexity", "Perplexity", loss],
   ["accuracy", "Accuracy by token", percent],
-  ["exact_match", "Held-out answers right", rightOf],
+  ["exact_match", "Answers right", rightOf],
 ]);
 
 const COLUMNS = /** @type {const} */ ([
@@ -40,7 +40,7 @@ export function Card({ report, points }) {
     <${Split} data=${report.data} share=${report.config?.validation} />
     ${
       report.test
-        ? html`<p>On test rows, by which nothing was chosen: ${report.test.comparison?.summary ?? "nothing to compare"}.</p>
+        ? html`<p>Test rows weren't used to choose anything. On them, it is ${report.test.comparison?.summary ?? "not comparable with the base"}.</p>
             <${Measures} held=${report.test} recall=${null} kind="test row" />`
         : null
     }
@@ -61,37 +61,40 @@ export function Card({ report, points }) {
   </div>`;
 }
 
-/** How many of the rows were answered right. @param {number} share @param {number} rows */
+/** How many of the rows with an answer were answered right; older reports don't say how many there are. @param {number} share @param {number | undefined} rows */
 function rightOf(share, rows) {
-  const right = Math.round(share * rows);
-  return Math.abs(right - share * rows) < 0.01 ? `${count(right)} of ${count(rows)}` : percent(share); // not all rows have one answer
+  return rows ? `${count(Math.round(share * rows))} of ${count(rows)}` : percent(share);
 }
 
 /** The answers to new rows, which decide, and those to trained ones. @param {any} report @returns {string} */
-function answersOf({ evaluation: held, recall }) {
+function answersOf({ evaluation: held, recall, data }) {
   const share = held?.tuned?.exact_match ?? null;
   if (share === null) return "";
   const base = held.base?.exact_match ?? null;
-  const than = base === null ? "" : ` (the base: ${rightOf(base, held.num_rows)})`;
+  const asked = held.num_completions;
+  const than = base === null ? "" : ` (the base: ${rightOf(base, asked)})`;
   const trained = recall
     ? `, and ${count(recall.num_right.tuned)} of ${plural(recall.num_rows, "trained row")}`
     : "";
-  return `Right on ${rightOf(share, held.num_rows)} held-out rows, which it never saw${than}${trained}.`;
+  const new_ = data?.overlap ? "" : ", which it never saw";
+  return `Right on ${rightOf(share, asked)}${asked ? "" : " of the"} held-out rows${new_}${than}${trained}.`;
 }
 
 const STRAY = 0.25; // held-out rows this much fewer or more than the share of the rows, as a share of them
 
 /**
- * Why more or fewer rows are held out than the share says. Large data sets don't stray. With test rows, it says nothing.
+ * Why more or fewer rows are held out than the share says. Large data sets don't stray. With test rows, or if rows were
+ * split or dropped, it says nothing.
  * @param {{data?: RowCounts, share: unknown}} props `share`: of the rows; anything else isn't explained
  */
 export function Split({ data, share }) {
-  if (!data?.validation_rows || data.test_rows || typeof share !== "number") return null;
+  if (!data?.validation_rows || typeof share !== "number") return null;
+  if (data.test_rows || data.split || data.dropped) return null; // then these numbers aren't those of the rows given
   const total = data.rows + data.validation_rows;
   const expected = Math.max(1, Math.round(share * total));
   if (Math.abs(data.validation_rows - expected) <= STRAY * expected) return null;
   return html`<p class="muted">
-    ${count(data.validation_rows)} of ${count(total)} rows are held out, not ${count(expected)}: each row's text decides its side, so a few rows can stray from the share.
+    ${count(data.validation_rows)} of ${count(total)} rows are held out, not ${count(expected)}: each row's text decides whether it is held out, so with few rows the number can differ from the share.
   </p>`;
 }
 
@@ -109,7 +112,7 @@ function Measures({ held, recall, kind = "held-out row" }) {
         ([name, words, format]) =>
           html`<tr>
             <th scope="row">${words}</th>
-            ${columns.map(([of]) => html`<td class="number">${has(held[of]?.[name]) ? format(held[of][name], held.num_rows) : "–"}</td>`)}
+            ${columns.map(([of]) => html`<td class="number">${has(held[of]?.[name]) ? format(held[of][name], held.num_completions) : "–"}</td>`)}
           </tr>`,
       )}
       ${

@@ -2,7 +2,7 @@
 import { versionOf } from "../lib/adapters.js";
 import { Problem, ask, get } from "../lib/api.js";
 import { MOST_ROWS, allRows, send } from "../lib/datasets.js";
-import { checked, format } from "../lib/expression.js";
+import { checked, format, parse } from "../lib/expression.js";
 import { plural } from "../lib/format.js";
 import { html, useEffect, useMemo, useState } from "../lib/html.js";
 import { expression } from "../lib/playground.js";
@@ -59,7 +59,8 @@ export function Lab({ terms, value }) {
   const [metric, setMetric] = useState("loss");
   const [isHeldOut, setHeldOut] = useState(true);
   const sets = useResource((signal) => get("/datasets", signal), []);
-  const trained = useResource((signal) => trainedOn(terms, signal), [value]);
+  const parts = terms.map(({ name, pin }) => (pin ? `${name}@${pin}` : name)); // weights don't matter
+  const trained = useResource((signal) => trainedOn(terms, signal), [parts.join()]);
   const sweep = useStore(last);
   const chosen = sets.data?.datasets.find((/** @type {DataSet} */ set) => set.id === dataset);
   const splits = (trained.data ?? []).flatMap((config) => (config.dataset === dataset ? [config.validation] : []));
@@ -72,6 +73,10 @@ export function Lab({ terms, value }) {
     const { id } = await ask("POST", "/evaluate", { json: { adapters, datasets: [measured], metrics: [metric] } });
     last.set({ id, terms, current: value, points, metric });
   });
+  const choose = (/** @type {string} */ id) => {
+    start.clear();
+    setDataset(id);
+  };
   const options = sets.data?.datasets.map((/** @type {DataSet} */ set) => [
     set.id,
     `${set.filename ?? set.id} · ${plural(set.rows, "row")}`,
@@ -80,21 +85,21 @@ export function Lab({ terms, value }) {
       ${terms.length === 2 ? "Measures eleven blends on the line from the first part alone to the second alone." : "Measures the blend with all its weights times 0 to 1.5."}${" "}
       Up to 200 rows are read.
     </p>
-    <${Fault} problem=${sets.problem} />
+    <${Fault} problem=${sets.problem ?? trained.problem} />
     ${options && !options.length ? html`<p>There is no data set yet: <a href=${to("train", "new")}>upload one</a>, of rows that no part was trained on.</p>` : null}
     <div class="fields">
-      <${SelectField} label="Data set" name="datasets" problem=${start.problem} hint="Choose rows that no part was trained on." value=${dataset} options=${[["", "choose one"], ...(options ?? [])]} onChange=${setDataset} />
+      <${SelectField} label="Data set" name="datasets" problem=${start.problem} hint="Choose rows that no part was trained on." value=${dataset} options=${[["", "choose one"], ...(options ?? [])]} onChange=${choose} />
       <${SelectField} label="Measure" name="metrics" problem=${start.problem} value=${metric} options=${METRICS} onChange=${setMetric} />
     </div>
-    ${canHoldOut ? html`<${Check} checked=${isHeldOut} onChange=${() => setHeldOut(!isHeldOut)}>Only rows that were held out of training<//>` : null}
+    ${canHoldOut ? html`<${Check} checked=${isHeldOut} onChange=${() => setHeldOut(!isHeldOut)}>Only rows that were held out of training (stored as a data set of their own)<//>` : null}
     ${splits.length && !(canHoldOut && isHeldOut) ? html`<p class="warning">A part was trained on this data set, so what is found may hold for these rows only.</p>` : null}
-    <p><button type="button" class="plain" disabled=${!dataset || start.busy} onClick=${() => start.run()}>Measure</button></p>
+    <p><button type="button" class="plain" disabled=${!dataset || start.busy || !(trained.data || trained.problem)} onClick=${() => start.run()}>Measure</button></p>
     <${Fault} problem=${start.problem} beside=${["datasets", "metrics"]} />
     ${sweep ? html`<${Measured} key=${sweep.id} sweep=${sweep} />` : null}`;
 }
 
-/** Whether a job held out a share of its rows, not rows of its own. @param {unknown} validation */
-const isShare = (validation) => validation === null || typeof validation === "number";
+/** Whether a job held out a share of its rows, neither none nor rows of its own. @param {unknown} validation */
+const isShare = (validation) => validation === null || (typeof validation === "number" && validation > 0);
 
 /**
  * A data set of the rows that none of the splits trained on.
@@ -105,24 +110,32 @@ const isShare = (validation) => validation === null || typeof validation === "nu
 async function heldOut({ id, filename }, splits) {
   const all = await Promise.all([...new Set(splits)].map((share) => allRows(id, share ?? undefined)));
   const rows = (all[0] ?? []).filter((_, place) => all.every((side) => side[place]?.split === "validation"));
-  const message = "has no row that was held out of training: choose another one, or measure all of its rows";
+  const message =
+    "has no rows that were held out of training: choose another data set, or measure all of its rows";
   if (!rows.length) throw new Problem(422, message, [{ loc: ["datasets"], message }]);
   const name = (filename ?? "rows").replace(/\.\w+$/, "");
   const kept = rows.map(({ row }) => row);
   return (await send(kept, `${name}-held-out.jsonl`)).id;
 }
 
-/** The configurations of the jobs that made the terms' versions. @param {Term[]} terms @param {AbortSignal} signal @returns {Promise<any[]>} */
+/**
+ * The configurations of the jobs that made the terms' versions, and the versions that these went on from or consist of.
+ * @param {Term[]} terms
+ * @param {AbortSignal} signal
+ * @returns {Promise<any[]>}
+ */
 async function trainedOn(terms, signal) {
   const found = await Promise.all(
     terms.map(async ({ name, pin }) => {
-      if (name.includes("/")) return null;
+      if (name.includes("/")) return [];
       const adapter = (await get(`/adapters?${new URLSearchParams({ name })}`, signal)).adapters[0];
-      const job = adapter && versionOf(adapter, pin)?.job_id;
-      return job ? (await get(`/train/${encodeURIComponent(job)}`, signal)).config : null;
+      const version = adapter && versionOf(adapter, pin);
+      const job = version?.job_id;
+      const own = job ? [(await get(`/train/${encodeURIComponent(job)}`, signal)).config] : [];
+      return [...own, ...(await trainedOn(parse(version?.parent ?? "") ?? [], signal))];
     }),
   );
-  return found.filter(Boolean);
+  return found.flat();
 }
 
 /** @param {{sweep: Sweep}} props */

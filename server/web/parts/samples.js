@@ -1,4 +1,4 @@
-/** Answers to held-out prompts while a job trains: the newest, and earlier ones to compare. */
+/** Answers to held-out prompts while a job trains: the newest, or those of the weights that it kept, and others. */
 import { count, plural } from "../lib/format.js";
 import { html, useMemo } from "../lib/html.js";
 import { Badge } from "./basics.js";
@@ -13,13 +13,16 @@ const answered = (events) =>
     .flatMap(({ data: { step, samples } }) => (samples?.length && step ? [{ step, samples }] : []))
     .sort((one, other) => other.step - one.step);
 
-/** @param {{events: JobEvent[]}} props of one job */
-export function Samples({ events }) {
-  const steps = useMemo(() => answered(events), [events]);
+/** @param {{events: JobEvent[], kept: number | null}} props of one job `kept`: the step whose weights it kept */
+export function Samples({ events, kept }) {
+  const steps = useMemo(() => {
+    const isKept = (/** @type {Answered} */ { step }) => step === kept;
+    return answered(events).sort((one, other) => Number(isKept(other)) - Number(isKept(one)));
+  }, [events, kept]);
   const [newest] = steps;
   if (!newest) return null;
   return html`<section aria-label="Answers while training">
-    <h3>What it answers to held-out prompts</h3>
+    <h3>Answers to held-out prompts</h3>
     ${newest.samples.map(({ prompt, wanted, base }, place) => {
       const answers = steps.map(
         ({ step, samples }) =>
@@ -35,7 +38,7 @@ export function Samples({ events }) {
         ${
           answers.length > 1
             ? html`<details>
-                <summary>${plural(answers.length - 1, "earlier answer")}</summary>
+                <summary>${plural(answers.length - 1, "other answer")}</summary>
                 <dl>${answers.slice(1)}</dl>
               </details>`
             : null

@@ -47,7 +47,7 @@ function codeOf(language, request, adapters, hasKey) {
   const isOne = adapters.length === 1;
   // a loop over the adapters, unless there is only one
   const each = (/** @type {string} */ code) =>
-    isOne ? code : `for adapter in ${python(adapters)}:\n${code.replace(/^(?=.)/gm, "    ")}`;
+    isOne ? code : `for adapter in ${python(adapters)}:\n${code.replace(/(^|\n)(?=[^\n])/g, "$1    ")}`;
   const named = (/** @type {object} */ fields) =>
     Object.entries(fields).map(([name, value]) => /** @type {const} */ ([name, python(value)]));
   const own = isOne ? python(first) : "adapter";

@@ -145,8 +145,10 @@ function Inspector({ token, place, expression, group }) {
   useLayoutEffect(() => box.current?.showPopover(), []);
   useLayoutEffect(() => {
     put();
-    addEventListener("scroll", put, true);
-    return () => removeEventListener("scroll", put, true);
+    for (const type of ["scroll", "resize"]) addEventListener(type, put, true);
+    return () => {
+      for (const type of ["scroll", "resize"]) removeEventListener(type, put, true);
+    };
   });
   return html`<div class="inspector" popover="manual" ref=${box}>
     ${token.base ? html`<${Likeliest} title="base" chosen=${token.base} />` : null}

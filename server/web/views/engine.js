@@ -22,7 +22,7 @@ const BETWEEN = "smolora_inter_token_seconds";
 /**
  * @import { Buckets, Sample } from "../lib/prometheus.js"
  * @typedef {{at: number, running: number, waiting: number, generated: number, prompts: number, kv: number,
- *   first: Buckets, between: Buckets}} Reading
+ *   replicas: number, first: Buckets, between: Buckets}} Reading
  */
 
 /** @param {import("../lib/prometheus.js").Sample[]} samples @returns {Reading} */
@@ -33,6 +33,7 @@ const readingOf = (samples) => ({
   generated: valueOf(samples, "smolora_generated_tokens_total"),
   prompts: valueOf(samples, "smolora_prompt_tokens_total"),
   kv: valueOf(samples, "smolora_kv_blocks_used") / Math.max(1, valueOf(samples, "smolora_kv_blocks")),
+  replicas: samples.filter(({ name }) => name === "smolora_generated_tokens_total").length,
   first: bucketsOf(samples, FIRST),
   between: bucketsOf(samples, BETWEEN),
 });
@@ -48,11 +49,12 @@ const withGaps = (readings) =>
 const timesOf = (readings) =>
   readings.map((now, place) => now?.at ?? ((readings[place - 1]?.at ?? 0) + (readings[place + 1]?.at ?? 0)) / 2);
 
-/** A counter's growth per second; null if the server was restarted. @param {(Reading | null)[]} readings @param {"generated" | "prompts"} of */
+/** A counter's growth per second; null if the server was restarted, or a replica came or went. @param {(Reading | null)[]} readings @param {"generated" | "prompts"} of */
 const rates = (readings, of) =>
   readings.map((now, place) => {
     const before = readings[place - 1];
-    return now && before && now[of] >= before[of] ? (now[of] - before[of]) / (now.at - before.at) : null;
+    const isSame = now && before && now.replicas === before.replicas && now[of] >= before[of];
+    return isSame ? (now[of] - before[of]) / (now.at - before.at) : null;
   });
 
 /** The median and the 95th percentile, as text. @param {Buckets} buckets */

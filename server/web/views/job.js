@@ -192,7 +192,7 @@ export function JobDetail({ id, onChange }) {
     <${Fault} problem=${report.problem} />
     ${report.data ? html`<${Card} report=${report.data} points=${points} />` : null}
     <${LossChart} points=${points} kept=${report.data?.kept_step ?? null} base=${metrics["base_eval_loss"] ?? null} />
-    <${Samples} events=${found} />
+    <${Samples} events=${found} kept=${report.data?.kept_step ?? null} />
     ${adapter ? html`<h3>What it changed</h3> <${TryIt} job=${job.data} />` : null}
     <details>
       <summary>${plural(found.length, "event")}</summary>

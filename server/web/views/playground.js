@@ -143,14 +143,15 @@ function TokenCount({ request }) {
   const [counted, setCounted] = useState({ prompt: "", words: "" });
   const tell = useAction(async () => {
     const { count: number, max_model_len: most } = await ask("POST", "/tokenize", { json: JSON.parse(prompt) });
-    setCounted({ prompt, words: `${plural(number, "token")} of at most ${count(most)}, with the answer` });
+    setCounted({
+      prompt,
+      words: `${plural(number, "token")}; prompt and answer together may have ${count(most)}`,
+    });
   });
-  return html`<span aria-live="polite">
-    ${
-      counted.prompt === prompt
-        ? html`<small>${counted.words}</small>`
-        : html`<button type="button" class="link" disabled=${!request.prompt || tell.busy} onClick=${() => tell.run()}>Count tokens</button>`
-    }
+  const isCounted = counted.prompt === prompt;
+  return html`<span>
+    <span aria-live="polite">${isCounted ? html`<small>${counted.words}</small>` : null}</span>
+    ${isCounted ? null : html`<button type="button" class="link" disabled=${!request.prompt || tell.busy} onClick=${() => tell.run()}>Count tokens</button>`}
     <${Fault} problem=${tell.problem} />
   </span>`;
 }
@@ -169,14 +170,17 @@ function Mismatch({ blend, adapters, isChat, onChange }) {
     const version = versionAt(name, pin);
     return version?.parts ?? (version ? [{ name, version: version.version }] : []);
   });
-  const others = parts.filter(
-    ({ name, version }) => isOfChats(versionAt(name, String(version))?.config.kinds) === !isChat,
-  );
-  if (!others.length) return null;
-  const names = [...new Set(others.map(({ name }) => name))].join(" and ");
+  const kinds = parts.map(({ name, version }) => isOfChats(versionAt(name, String(version))?.config.kinds));
+  const others = parts.filter((_, place) => kinds[place] === !isChat);
+  if (!others.length || kinds.includes(isChat)) return null; // parts of both kinds always differ from the prompt
+  const names = [...new Set(others.map(({ name }) => name))].join(", ");
+  const change = (/** @type {Typed} */ event) => {
+    /** @type {HTMLElement | null} */ (event.currentTarget.closest(".ask"))?.focus(); // this button goes away
+    onChange(!isChat);
+  };
   return html`<p class="warning" role="status">
     ${names} learned from ${isChat ? "plain prompts" : "questions of a chat"}:
-    <button type="button" class="link" onClick=${() => onChange(!isChat)}>use ${KINDS[isChat ? 1 : 0]}</button>
+    <button type="button" class="link" onClick=${change}>use ${KINDS[isChat ? 1 : 0]}</button>
   </p>`;
 }
 
