@@ -21,14 +21,12 @@ from server.engine.cuda_backend import CudaBackend
 from server.engine.cuda_step import upload
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sampling import LogitsRow
-from server.engine.scheduler import SchedulerLimits
 from server.engine.sequence import TokenCounts
 from server.model.base.weights import BaseModel
 from server.model.cuda.variants import Variant
-from server.model.cuda.work import Ints, lora_work
-from server.model.lora_batch import TokenRun
+from server.model.cuda.work import Ints
 from server.model.rank_rows import Placement, Run
-from tests.kits.engines import build_engine, random_adapter, refs
+from tests.kits.engines import build_engine, refs
 from tests.kits.fake_gpu.cuda import fake_cuda, on_card
 from tests.server.engine.step_kit import decoding
 from tests.server.engine.traffic import library, prompt
@@ -103,52 +101,6 @@ def test_256_sequences_take_little_time_and_one_small_upload(
     assert len(uploads) == NUM_STEPS
     assert 20_000 < max(uploads) <= MAX_BYTES
     assert min(seconds) <= MAX_SECONDS, statistics.median(seconds)
-
-
-@pytest.mark.slow  # the times are asserted by `make gpu-proofs`, where nothing else runs
-@pytest.mark.parametrize("num_parts", [0, 1, 2])
-def test_the_engines_whole_step_takes_little_time(base: BaseModel, num_parts: int) -> None:
-    """`Engine.step`: scheduling, the backend's part, and 256 outputs. Adapters' lists are made within 0.5 ms."""
-    adapter = random_adapter(base.config.shape, 0, rank=16)
-    backend = CudaBackend(base.config, base.weights, max_positions=2048, launch=launch, capture=capture)
-    engine = build_engine(
-        base,
-        {f"{i:03}": adapter for i in range(NUM_SEQS)},
-        other=backend,
-        num_blocks=NUM_SEQS * (NUM_TOKENS // 16 + 8),
-        max_rank=NUM_SEQS * 16,
-        max_model_len=2048,
-        limits=SchedulerLimits(NUM_SEQS, max_prefill_tokens=NUM_SEQS * NUM_TOKENS),
-        loads_at_once=True,
-    )
-    sampling = SamplingParams(max_tokens=1000, temperature=0.8, ignore_eos=True)
-    requests = [
-        GenerationRequest(
-            f"r{i}",
-            prompt(NUM_TOKENS - NUM_STEPS, seed=i),
-            replace(sampling, seed=i),
-            refs(**{f"{(i + part) % NUM_SEQS:03}": 0.5 for part in range(num_parts)}),
-        )
-        for i in range(NUM_SEQS)
-    ]
-    decoding(engine, requests)
-    steps, lists = [], []
-    for _ in range(2 * NUM_STEPS):
-        begun = time.thread_time()
-        outputs = engine.step()
-        steps.append(time.thread_time() - begun)
-        assert [output.num_new_tokens for output in outputs] == [1] * NUM_SEQS
-    if num_parts:
-        holds = [sequence.hold for sequence in engine.scheduler.running]
-        runs = [TokenRun(i, i + 1, hold.parts) for i, hold in enumerate(holds) if hold is not None]
-        assert len(runs) == NUM_SEQS
-        for _ in range(NUM_STEPS):
-            begun = time.thread_time()
-            lora_work(runs, backend.rows.layouts)
-            lists.append(time.thread_time() - begun)
-    engine.close()
-    assert min(steps) <= MAX_SECONDS, statistics.median(steps)
-    assert min(lists, default=0.0) <= 0.5e-3, statistics.median(lists)
 
 
 @pytest.mark.parametrize(
