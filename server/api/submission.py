@@ -512,9 +512,8 @@ class Submissions:
             validation = as_served.encode_all(held_out, length, overlong, loc)
             test = as_served.encode_all(tests, length, overlong, (rows.test_name or rows.name,))
         except InvalidInput:
-            if rows.validation_name is None or (
-                rows.test and rows.test_name is None
-            ):  # raise faults with the numbers in `rows`
+            # raise faults with the numbers in `rows`
+            if rows.validation_name is None or (rows.test and rows.test_name is None):
                 as_served.encode_all(_first(rows.rows, max_bytes), length, overlong, (rows.name,))
             raise
         parts = (
