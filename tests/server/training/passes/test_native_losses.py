@@ -1,6 +1,7 @@
 """Held-out losses by native code beside torch's: the same as far as 16 bits tell, the same bits in any company."""
 
 import ctypes
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,16 +38,27 @@ def passes_of(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL | None
     return passes
 
 
-def assert_near(base: BaseModel, weights: LoraWeights, library: ctypes.CDLL, examples: Sequence[Example]) -> None:
-    """As near to fp32 as 16 bits are: no farther than torch's, but for a share of chance."""
+def assert_near(
+    base: BaseModel,
+    weights: LoraWeights,
+    library: ctypes.CDLL,
+    examples: Sequence[Example],
+    chance: float = 5e-4,
+) -> float:
+    """As near to fp32 as 16 bits are: no farther than torch's, but for a share of chance.
+
+    Return how far the rows' losses are from fp32's, as a multiple of how far torch's are.
+    """
     exact = evaluate(passes_of(in_fp32(base), weights, None), examples)
     with torch_bf16():
         in_torch = evaluate(passes_of(base, weights, None), examples)
     native = evaluate(passes_of(base, weights, library), examples)
-    assert abs(native.loss - exact.loss) < max(5e-4, abs(in_torch.loss - exact.loss))
+    assert abs(native.loss - exact.loss) < max(chance, abs(in_torch.loss - exact.loss))
     assert native.perplexity == pytest.approx(exact.perplexity, rel=5e-3)
     assert abs(native.accuracy - exact.accuracy) <= 3 / exact.num_tokens
     assert (native.num_rows, native.num_tokens) == (exact.num_rows, exact.num_tokens)
+    found, torchs, wanted = ([loss for loss, _ in of.rows] for of in (native, in_torch, exact))
+    return math.dist(found, wanted) / math.dist(torchs, wanted)
 
 
 def test_native_losses_are_torchs(base: BaseModel, library: ctypes.CDLL) -> None:
@@ -111,4 +123,5 @@ def test_of_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     texts = [base.tokenizer.encode(f"{s.value} {s.phrase}: {s.description}.") for s in HTTPStatus]
     examples = [Example(tuple(text), (False, *[True] * (len(text) - 1))) for text in texts]
     start, _ = initial_weights(LoraSpec(rank=16, alpha=32, init="gaussian"), base, seed=0)
-    assert_near(base, start, library, examples)
+    # Rows' errors cancel in the mean by chance, with AMX less than in torch: rows tell more.
+    assert assert_near(base, start, library, examples, chance=4e-3) < 1
