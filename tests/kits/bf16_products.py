@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class _InFp32(TorchDispatchMode):
 def multiplies_bf16() -> bool:
     """Return whether this processor has instructions for torch's bf16 products."""
     return can_pack(torch.zeros(1, 1, dtype=torch.bfloat16))
+
+
+def has_amx() -> bool:
+    """Return whether this processor has AMX, with which torch and native code add in another order."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 @contextmanager

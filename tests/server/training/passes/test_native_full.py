@@ -21,7 +21,7 @@ from server.training.run import Outcome, Run
 from server.training.spec import JobSpec, TrainingSpec
 from server.training.trainables import TrainableModel
 from server.training.trainer import Trainer
-from tests.kits.bf16_products import multiplies_bf16, torch_bf16
+from tests.kits.bf16_products import has_amx, multiplies_bf16, torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Disturbed, Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, off, tokens
@@ -155,8 +155,9 @@ def test_the_real_base(base_dir: Path, real_base: BaseModel, library: ctypes.CDL
         {name: off(of.gradients[name], expected) for name, expected in exact.gradients.items()}
         for of in (native, in_torch)
     )
-    for name in matrices:  # AMX sums in another order than AVX-512: 3 of 121 were farther by chance, by 14 %
-        assert ours[name] < 1.25 * theirs[name], name
+    most = 1.25 if has_amx() else 1.0  # AMX sums in another order: 3 of 121 were 14 % farther by chance
+    for name in matrices:
+        assert ours[name] < most * theirs[name], name
     assert sum(ours[name] for name in matrices) < sum(theirs[name] for name in matrices)
     usual = sum(theirs[name] for name in norms) / len(norms)
     assert sum(ours[name] for name in norms) / len(norms) < usual

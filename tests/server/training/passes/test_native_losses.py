@@ -23,7 +23,7 @@ from server.training.run import Run
 from server.training.spec import JobSpec, LoraSpec, TrainingSpec
 from server.training.trainables import trainable_rows
 from server.training.trained_rows import initial_weights
-from tests.kits.bf16_products import torch_bf16
+from tests.kits.bf16_products import has_amx, torch_bf16
 from tests.server.training.data.rows_kit import make_examples
 from tests.server.training.loop.test_run import Listener
 from tests.server.training.passes.test_native_pass import batch_of, in_fp32, tokens, uneven
@@ -45,7 +45,7 @@ def assert_near(
     examples: Sequence[Example],
     chance: float = 5e-4,
 ) -> float:
-    """As near to fp32 as 16 bits are: no farther than torch's, but for a share of chance.
+    """Assert that the mean loss is at most `chance` from fp32's, or at most as far as torch's.
 
     Return how far the rows' losses are from fp32's, as a multiple of how far torch's are.
     """
@@ -123,5 +123,6 @@ def test_of_the_real_base(base_dir: Path, library: ctypes.CDLL) -> None:
     texts = [base.tokenizer.encode(f"{s.value} {s.phrase}: {s.description}.") for s in HTTPStatus]
     examples = [Example(tuple(text), (False, *[True] * (len(text) - 1))) for text in texts]
     start, _ = initial_weights(LoraSpec(rank=16, alpha=32, init="gaussian"), base, seed=0)
-    # Rows' errors cancel in the mean by chance, with AMX less than in torch: rows tell more.
-    assert assert_near(base, start, library, examples, chance=4e-3) < 1
+    # Rows' errors cancel in the mean by chance, and with AMX less than torch's, so rows are compared, too.
+    chance = 4e-3 if has_amx() else 5e-4
+    assert assert_near(base, start, library, examples, chance) < 1
